@@ -1,0 +1,43 @@
+# `make demo`, `make test` and `make lint` need nothing but Python and the network: each makes .venv when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+BASE := .venv/.installed
+DEV := .venv/.installed-dev
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(BASE)
+	$(BIN)/jaxq demo
+
+test: $(DEV)
+	$(BIN)/pytest -n 2
+
+test-slow: $(DEV)
+	$(BIN)/pytest -m slow
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python experiments/check_file_sizes.py
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+
+$(BIN)/python:
+	@echo "making .venv with $(PYTHON)"
+	$(PYTHON) -m venv .venv
+
+$(BASE): pyproject.toml | $(BIN)/python
+	@echo "installing jaxq into .venv (some minutes the first time)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(DEV): pyproject.toml | $(BIN)/python
+	@echo "installing jaxq and its development tools into .venv (some minutes the first time)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@ $(BASE)

@@ -1,0 +1,77 @@
+"""Write tests/golden/<name>/: tiny random checkpoints and the logits transformers computes from them (needs torch).
+
+python experiments/make_model_goldens.py
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
+VOCABULARY, BATCH, LENGTH = 40, 2, 10
+
+OPT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "ffn_dim": 40,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 16,
+    "dropout": 0.0,
+}
+LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 16,
+}
+
+
+def models() -> dict[str, PreTrainedModel]:
+    return {
+        "opt": OPTForCausalLM(OPTConfig(**OPT)),
+        "opt-post-norm": OPTForCausalLM(OPTConfig(**OPT, do_layer_norm_before=False, word_embed_proj_dim=16)),
+        "llama": LlamaForCausalLM(LlamaConfig(**LLAMA)),
+        "llama-sharded": LlamaForCausalLM(LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True)),
+    }
+
+
+def randomise(model: PreTrainedModel) -> None:
+    """Every parameter away from its initial value, for zero biases and unit scales would hide mistakes."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * 0.2
+        parameter.data = noise + 1 if "norm" in name and name.endswith("weight") else noise
+
+
+@torch.no_grad()
+def write(name: str, model: PreTrainedModel) -> None:
+    model.eval().set_attn_implementation("eager")
+    randomise(model)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCABULARY, (BATCH, LENGTH))
+    mask = np.ones((BATCH, LENGTH), np.int64)
+    mask[0, :3], mask[1, -2:] = 0, 0  # one row padded on the left, one on the right
+    folder = GOLDEN / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder, max_shard_size="12KB" if "sharded" in name else "1GB")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    np.savez_compressed(
+        folder / "expected.npz",
+        tokens=tokens.astype(np.int32),
+        mask=mask.astype(np.int32),
+        logits=model(torch.tensor(tokens)).logits.numpy(),
+        masked_logits=model(torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits.numpy(),
+    )
+
+
+if __name__ == "__main__":
+    for name, model in models().items():
+        write(name, model)

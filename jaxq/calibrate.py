@@ -1,0 +1,119 @@
+"""`calibrate`: from a forward function, its parameters and sample batches to a quantized parameter tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.program.tokens import Labels, label
+from jaxq.program.trace import Program, named_leaves, replace_leaves, trace
+from jaxq.qtensor import Quantized
+from jaxq.steps.group import Group, Step
+from jaxq.walk import Found, Leaves, Place, Walk, walk_graph
+
+Batch = Any
+
+
+def calibrate(
+    forward: Callable,
+    params: Any,
+    batches: Sequence[Batch],
+    recipe: Step,
+    *,
+    masks: Sequence[Any] | None = None,
+    propagate: Literal["quantized", "full_precision"] = "quantized",
+    on_group: Callable[[Group], None] | None = None,
+) -> Quantized:
+    """Finds a quantized parameter tree for `forward`, in one walk over the program.
+
+    Args:
+      forward: `forward(params, *inputs) -> outputs`, any traceable function over any pytree of arrays.
+      params: its parameters; leaves may be host or memory-mapped arrays, each is read when its equation runs.
+      batches: sample inputs, a tuple of inputs each (or the one input itself), all of the same shapes. All of them are
+        walked together, microbatch by microbatch.
+      recipe: a step, usually `chain(os_plus(), quantize(...))`.
+      masks: for each batch a bool array [batch, tokens], False where a token is padding: such tokens enter no statistic.
+      propagate: whether a group sees what the quantized groups before it give, or what the original ones do.
+      on_group: called with each finished group, for progress bars and reports.
+
+    Returns:
+      A `Quantized` that `execute(forward)` runs.
+
+    Raises:
+      ValueError: no or empty batches, batches of different shapes, non-finite weights or activations (with their path),
+        a rule that matches nothing, a site whose statistics cannot be collected.
+      FoldError: a fold changed the function.
+    """
+    batches = [b if isinstance(b, (tuple, list)) else (b,) for b in batches]
+    _check(batches, masks)
+    program = trace(forward, params, *batches[0])
+    _check_patterns(program, recipe)
+    leaves = dict(named_leaves(params))
+    graph = program.layout.graph
+    inputs = graph.inputs[len(program.paths) :]
+    envs = [dict(zip(inputs, map(jnp.asarray, jax.tree.leaves(tuple(b))), strict=True)) for b in batches]
+    labels, bodies = label(graph, _input_labels(program, envs[0], masks))
+    walk = Walk(
+        recipe,
+        propagate == "quantized",
+        None if masks is None else tuple(jnp.asarray(m).astype(bool) for m in masks),
+        on_group or (lambda _: None),
+    )
+    place = Place(walk, program.layout, envs, labels, Leaves(leaves, dict(leaves)), Found(), tuple(range(len(envs))))
+    walk_graph(place, bodies)
+    changed = {p: x for p, x in place.leaves.current.items() if x is not leaves[p]}
+    return Quantized(replace_leaves(params, changed), place.found.inputs, place.found.transforms)
+
+
+def _check(batches: list[Any], masks: Sequence[Any] | None) -> None:
+    if not batches:
+        raise ValueError("calibrate: no batches; give at least one")
+    shapes = [[(np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tuple(b))] for b in batches]
+    for i, found in enumerate(shapes):
+        if any(0 in shape for shape, _ in found):
+            raise ValueError(f"calibrate: batch {i} is empty: its inputs have shapes {[s for s, _ in found]}")
+        if found != shapes[0]:
+            raise ValueError(
+                f"calibrate: batch {i} has inputs {found}, batch 0 has {shapes[0]}; "
+                "pad them to one shape and give `masks`, or drop the last, smaller batch"
+            )
+    if masks is None:
+        return
+    if len(masks) != len(batches):
+        raise ValueError(f"calibrate: {len(masks)} masks for {len(batches)} batches")
+    for i, mask in enumerate(masks):
+        if np.ndim(mask) != 2 or not any(shape[:2] == np.shape(mask) for shape, _ in shapes[i]):
+            raise ValueError(f"calibrate: mask {i} has shape {np.shape(mask)}; an input of [batch, tokens, ...] must match")
+        if not np.asarray(mask).any():
+            raise ValueError(f"calibrate: mask {i} marks every token as padding")
+
+
+def _check_patterns(program: Program, recipe: Step) -> None:
+    """A rule that matches nothing is a misspelling."""
+    names = {p for layout in program.layout.all() for g in layout.groups for p in (*g.sites, g.name)}
+    for pattern in recipe.patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            near = get_close_matches(pattern, sorted(names), n=3, cutoff=0.3) or sorted(names)[:3]
+            raise ValueError(f"the rule {pattern!r} matches no site; near it are {', '.join(near)}")
+
+
+def _input_labels(program: Program, env: dict[int, Any], masks: Sequence[Any] | None) -> list[Labels]:
+    """Which inputs run over batch and tokens: those shaped like the mask, or else integer ones of rank 2."""
+    graph = program.layout.graph
+
+    def of(v: int) -> Labels:
+        shape = graph.avals[v].shape
+        plain = (None,) * len(shape)
+        if v in graph.refs or len(shape) < 2:
+            return plain
+        tokens = jnp.issubdtype(env[v].dtype, jnp.integer) and len(shape) == 2
+        fits = tokens if masks is None else shape[:2] == np.shape(masks[0])
+        return ("b", "t", *plain[2:]) if fits else plain
+
+    return [of(v) for v in graph.inputs]

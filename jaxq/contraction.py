@@ -1,0 +1,65 @@
+"""What happens to an activation just before a contraction reads it: shift, scale, fake-quantize."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.formats import Format, fake_quant, grid_from_range
+from jaxq.qtensor import Grid, InputQuant, PerGroup, PerToken
+
+
+def along(v: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
+    """Spreads a per-channel array, whose i-th axis belongs to `axes[i]`, over an array of rank `ndim`."""
+    order = sorted(range(len(axes)), key=lambda i: axes[i])
+    shape = [1] * ndim
+    for i in order:
+        shape[axes[i]] = v.shape[i]
+    return v.transpose(order).reshape(shape)
+
+
+def transform(x: jax.Array, shift: jax.Array | None, scale: jax.Array | None, axes: Sequence[int]) -> jax.Array:
+    """x' = (x - z) / s (OS+, eq. 3 and 5); `shift` and `scale` have the shape of x's contracted axes."""
+    if shift is not None:
+        x = x - along(shift, axes, x.ndim).astype(x.dtype)
+    if scale is not None:
+        x = x / along(scale, axes, x.ndim).astype(x.dtype)
+    return x
+
+
+def dynamic_grid(x: jax.Array, fmt: Format, axes: Sequence[int], size: int | None = None) -> Grid:
+    """The grid of each token (of each run of `size` channels in it), from its own min and max over the channels."""
+    if size is None:
+        low, high = x.min(axes, keepdims=True), x.max(axes, keepdims=True)
+        return Grid(*grid_from_range(fmt, low.astype(jnp.float32), high.astype(jnp.float32)))
+    last = axes[-1]
+    if x.shape[last] % size:
+        raise ValueError(f"groups of {size} do not divide the {x.shape[last]} channels: choose a divisor")
+    runs = x.reshape(*x.shape[:last], x.shape[last] // size, size, *x.shape[last + 1 :])
+    low, high = runs.min(last + 1), runs.max(last + 1)
+    return Grid(*grid_from_range(fmt, low.astype(jnp.float32), high.astype(jnp.float32)))
+
+
+def quantize_activation(
+    x: jax.Array, fmt: Format, granularity: object, grid: Grid | None, axes: Sequence[int]
+) -> jax.Array:
+    """Fake-quantizes an activation; `grid` is None where the granularity is dynamic."""
+    if grid is None:
+        size = granularity.size if isinstance(granularity, PerGroup) else None
+        grid = dynamic_grid(jax.lax.stop_gradient(x), fmt, axes, size)
+    grid = grid.over(x.shape)
+    return fake_quant(fmt, x, grid.scale, grid.zero)
+
+
+def apply_input(quant: InputQuant, x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """What the contractions of a group read in place of the activation `x` with channel axes `axes`."""
+    x = transform(x, quant.shift, quant.scale, axes)
+    if quant.format is None:
+        return x
+    return quantize_activation(x, quant.format, quant.granularity, quant.grid, axes)
+
+
+def is_dynamic(granularity: object) -> bool:
+    return isinstance(granularity, (PerToken, PerGroup))

@@ -1,0 +1,144 @@
+"""Folding equivalent transforms into parameters: x' = (x - z) / s, written into what makes x."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.contraction import along
+from jaxq.program.graph import Node
+from jaxq.program.groups import GroupPlan, Layout
+from jaxq.program.trace import named_leaves, replace_leaves, trace
+from jaxq.program.views import pull
+from jaxq.qtensor import Grid, InputQuant, QTensor, Quantized, Transform
+from jaxq.steps.group import shift_through, weight_spread
+
+Leaves = dict[str, Any]
+
+
+class FoldError(ValueError):
+    """A fold changed the function: the numeric proof after it failed."""
+
+
+def divided(leaf: Any, v: jax.Array) -> Any:
+    """A leaf over a spread vector; a quantized one keeps its codes and divides its scales (exact: only its output
+    channels are concerned)."""
+    if isinstance(leaf, QTensor):
+        grid = Grid(leaf.grid.scale / v.astype(jnp.float32), leaf.grid.zero)
+        return QTensor(leaf.codes, grid, format=leaf.format, dtype=leaf.dtype)
+    return jnp.asarray(leaf) / v.astype(leaf.dtype)
+
+
+def absorb(plan: GroupPlan, leaves: Leaves, transform: Transform) -> tuple[Leaves, Transform]:
+    """The producer's parameters after they took as much of the transform as they can, and what is left of it."""
+    z, s = transform.shift, transform.scale
+    changed: Leaves = {}
+    ndim = len(plan.x_shape)
+    if z is not None and plan.fold.shift is not None:
+        for edit in plan.fold.shift:
+            leaf = jnp.asarray(changed.get(edit.path, leaves[edit.path]))
+            changed[edit.path] = leaf - pull(edit.pulls, along(z, plan.x_axes, ndim)).astype(leaf.dtype)
+        z = None
+    if s is not None and plan.fold.scale is not None:
+        for edit in plan.fold.scale:
+            leaf = changed.get(edit.path, leaves[edit.path])
+            changed[edit.path] = divided(leaf, pull(edit.pulls, along(s, plan.x_axes, ndim)))
+        z, s = (None if z is None else z / s), None
+    return changed, Transform(z, s)
+
+
+def fold(forward: Callable, params: Any, transforms: dict[str, Transform], *inputs: Any) -> Quantized:
+    """Applies equivalent transforms to full-precision parameters (law 1: the function stays the same).
+
+    Args:
+      forward, inputs: as for `calibrate`; the inputs' shapes are enough.
+      params: the original parameters.
+      transforms: `calibrate(...).transforms`.
+
+    Returns:
+      A `Quantized` without a quantized leaf: `params` is a plain tree that `forward` itself runs where everything could
+      be folded, i.e. where `inputs` is empty; `inputs` holds what is left to do at run time, for `execute`.
+
+    Raises:
+      ValueError: a transform's group is not in the program.
+    """
+    program = trace(forward, params, *inputs)
+    known = {g.name for layout in program.layout.all() for g in layout.groups}
+    if missing := sorted(set(transforms) - known):
+        raise ValueError(f"no group {missing[0]!r} in this program; it has {sorted(known)[:5]} ...")
+    leaves = dict(named_leaves(params))
+    found: dict[str, InputQuant] = {}
+    changed = _fold_layout(program.layout, leaves, transforms, found)
+    return Quantized(replace_leaves(params, changed), found, transforms)
+
+
+def _fold_layout(layout: Layout, leaves: Leaves, transforms: dict[str, Transform], found: dict) -> Leaves:
+    changed: Leaves = {}
+    for group in layout.groups:
+        if group.name in transforms:
+            current = {**leaves, **changed}
+            new, quant = fold_group(group, current, transforms[group.name])
+            changed.update(new)
+            if quant is not None:
+                found[group.name] = quant
+    for (index, _), body in layout.bodies.items():
+        node = layout.graph.nodes[index]
+        inner = {g.name for part in body.all() for g in part.groups} & set(transforms)
+        if inner and node.name == "scan":
+            changed.update(_fold_scan(node, body, {**leaves, **changed}, transforms, inner, found))
+        elif inner:
+            changed.update(_fold_layout(body, {**leaves, **changed}, transforms, found))
+    return changed
+
+
+def _fold_scan(node: Node, body: Layout, leaves: Leaves, transforms: dict, inner: set[str], found: dict) -> Leaves:
+    """Layer by layer on slices, stacked again."""
+    stacked = stacked_paths(body)
+    layers, inputs = [], []
+    for i in range(node.params["length"]):
+        here = {**leaves, **{p: layer_of(leaves[p], i) for p in stacked}}
+        mine = {name: layer_of(transforms[name], i) for name in inner}
+        residue: dict[str, InputQuant] = {}
+        layers.append(_fold_layout(body, here, mine, residue))
+        inputs.append(residue)
+    found.update(stack_layers(inputs))
+    return stack_layers(layers)
+
+
+def fold_group(group: GroupPlan, leaves: Leaves, transform: Transform) -> tuple[Leaves, InputQuant | None]:
+    """One group's consumers and producer after its transform, and what stays at run time."""
+    changed, left = absorb(group, leaves, transform)
+    biases = {}
+    for member in group.members:
+        path = member.site.path
+        w = jnp.asarray(leaves[path])
+        if transform.shift is not None:
+            lost = shift_through(member, transform.shift, w)
+            if member.bias is None:
+                biases[path] = lost
+            else:
+                bias = jnp.asarray(leaves[member.bias.path])
+                changed[member.bias.path] = bias + pull(member.bias.pulls, lost).astype(bias.dtype)
+        if transform.scale is not None:
+            changed[path] = w * weight_spread(member, transform.scale).astype(w.dtype)
+    if left.shift is None and left.scale is None and not biases:
+        return changed, None
+    return changed, InputQuant(left.shift, left.scale, bias=biases, sites=group.sites)
+
+
+def stacked_paths(layout: Layout) -> list[str]:
+    """The parameters of which a scan's body sees one layer at a time."""
+    graph = layout.graph
+    return [ref.path for v in graph.inputs if (ref := graph.refs.get(v)) is not None and ref.depth == layout.depth]
+
+
+def layer_of(tree: Any, i: int) -> Any:
+    return jax.tree.map(lambda a: a[i], tree)
+
+
+def stack_layers(layers: list[Any]) -> Any:
+    """Equal trees of each layer as one tree with a leading layer axis."""
+    return jax.tree.map(lambda *a: jnp.stack([jnp.asarray(x) for x in a]), *layers)

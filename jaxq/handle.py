@@ -1,0 +1,146 @@
+"""One group of the walk: gather what its steps need, run them, fold what they found, prove the fold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.contraction import along
+from jaxq.fold import FoldError, absorb
+from jaxq.pieces import objectives
+from jaxq.program.groups import GroupPlan
+from jaxq.program.segments import run
+from jaxq.program.tokens import spread_mask
+from jaxq.qtensor import InputQuant, PerTensor, QTensor, Transform
+from jaxq.steps.group import Group
+
+if TYPE_CHECKING:
+    from jaxq.walk import Place
+
+# How far a folded activation may be from the transformed one, relative to its largest value: rounding is far below.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+@dataclass(frozen=True)
+class Handled:
+    """A finished group: `quant` for the rest of the walk (the whole transform), `left` for the result (what could not
+    be folded; None if nothing is left to do at run time)."""
+
+    plan: GroupPlan
+    quant: InputQuant
+    left: InputQuant | None
+    transform: Transform | None
+
+
+def handle(place: Place, plan: GroupPlan) -> Handled:
+    group = _gather(place, plan)
+    _check_finite(group)
+    group = place.walk.step.apply(group)
+    activations = group.spec.activations
+    quant = InputQuant(
+        group.shift,
+        group.scale,
+        group.grid,
+        group.output_bias,
+        format=activations.format if activations else None,
+        granularity=activations.granularity if activations else PerTensor(),
+        sites=plan.sites if plan.kind != "lookup" else (),
+    )
+    for member in plan.members:
+        path = member.site.path
+        if path in group.weights:
+            place.leaves.current[_leaf(path)] = group.weights[path]
+        if member.bias is not None:
+            place.leaves.current[member.bias.path] = group.biases[path]
+    transform = None
+    left = quant
+    if group.shift is not None or group.scale is not None:
+        transform = Transform(group.shift, group.scale)
+        rest, error = _fold(place, plan, transform)
+        left = replace(quant, shift=rest.shift, scale=rest.scale)
+        group = group.noted(fold_error=error, folded=rest.shift is None and rest.scale is None)
+    place.walk.on_group(group)
+    idle = left.format is None and left.shift is None and left.scale is None and not left.bias
+    return Handled(plan, quant, None if idle else left, transform)
+
+
+def _leaf(site_path: str) -> str:
+    return site_path.partition("#")[0]
+
+
+def _gather(place: Place, plan: GroupPlan) -> Group:
+    microbatches = range(len(place.envs))
+    labels = place.labels.get(plan.x, (None,) * len(plan.x_shape))
+    masks = place.walk.masks
+    valid = tuple(None if masks is None else spread_mask(masks[place.which[m]], labels) for m in microbatches)
+    x = tuple(place.value(plan.x, m) for m in microbatches) if plan.kind != "lookup" else ()
+    weights, biases = {}, {}
+    for member in plan.members:
+        if member.site.ref is not None:
+            leaf = place.leaves.current[_leaf(member.site.path)]
+            weights[member.site.path] = leaf if isinstance(leaf, QTensor) else jnp.asarray(leaf)
+        if member.bias is not None:
+            biases[member.site.path] = jnp.asarray(place.leaves.current[member.bias.path])
+    return Group(
+        plan=plan,
+        spec=place.walk.spec(plan),
+        x=x,
+        valid=valid,
+        token_axes=tuple(i for i, name in enumerate(labels) if name),
+        weights=weights,
+        biases=biases,
+        objectives=objectives(place, plan),
+    )
+
+
+@jax.jit
+def _finite(arrays: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(arrays)])
+
+
+def _check_finite(group: Group) -> None:
+    for path, w in group.weights.items():
+        if not isinstance(w, QTensor) and not bool(_finite([w]).all()):
+            raise ValueError(f"{path}: the weight has NaN or infinite values; the checkpoint is damaged")
+    if group.x and not bool((flags := _finite(group.x)).all()):
+        bad = [i for i, ok in enumerate(flags.tolist()) if not ok]
+        raise ValueError(
+            f"{group.plan.name}: the activation it reads has NaN or infinite values in batch {bad[0]}; "
+            "check the inputs, and the compute dtype for overflow"
+        )
+
+
+def _fold(place: Place, plan: GroupPlan, transform: Transform) -> tuple[Transform, float]:
+    """Writes a transform into the producer and proves it: the producer, run again, gives the transformed activation."""
+    from jaxq.walk import producing
+
+    changed, rest = absorb(plan, place.leaves.current, transform)
+    if not changed:
+        return rest, 0.0
+    segment = producing(place.layout, plan)
+
+    def produce() -> jax.Array:
+        return run(segment, [place.value(v, 0) for v in segment.reads])[0]
+
+    before = produce()
+    place.leaves.current.update(changed)
+    after = produce()
+    error = _fold_error(plan, transform, rest, before, after)
+    limit = TOLERANCE.get(str(before.dtype), 1e-3)
+    if not error <= limit:
+        raise FoldError(f"{plan.name}: folding into {', '.join(changed)} changed the activation by {error:.2g} of its size")
+    return rest, error
+
+
+def _fold_error(plan: GroupPlan, t: Transform, rest: Transform, before: jax.Array, after: jax.Array) -> float:
+    """The relative difference of x' computed before the fold and after it (with what is left at run time)."""
+
+    def apply(x: jax.Array, by: Transform) -> jax.Array:
+        x = x if by.shift is None else x - along(by.shift, plan.x_axes, x.ndim).astype(x.dtype)
+        return x if by.scale is None else x / along(by.scale, plan.x_axes, x.ndim).astype(x.dtype)
+
+    want, got = apply(before, t), apply(after, rest)
+    return float(jnp.abs(want - got).max() / jnp.maximum(jnp.abs(want).max(), jnp.finfo(want.dtype).tiny))

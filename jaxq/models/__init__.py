@@ -1,0 +1,6 @@
+"""Flax (NNX) language models that know nothing of quantization, and their Hugging Face checkpoints."""
+
+from jaxq.models.build import Model, init, model_of
+from jaxq.models.hf import load, save_hf
+
+__all__ = ["Model", "init", "load", "model_of", "save_hf"]

@@ -1,0 +1,89 @@
+"""From a configuration to a pure forward function and the layout of its parameters."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxq.models import llama, opt
+
+Params = dict[Any, Any]
+Forward = Callable[..., jax.Array]
+
+FAMILIES: Mapping[str, ModuleType] = {"opt": opt, "llama": llama}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model as jaxq sees one: a pure function and the parameters it takes.
+
+    ``forward(params, tokens, mask=None)``: ``tokens`` int32 ``[B, T]``, ``mask`` bool or int ``[B, T]`` (1 = a real
+    token) -> logits ``[B, T, V]``; it computes in the parameters' type. ``params`` is a nested dict with Flax's
+    layout (``layers/0/attn/q/kernel``; kernels ``[in, out]``). ``config`` is the content of ``config.json``,
+    ``tokenizer`` a transformers tokenizer, or None where there is none.
+    """
+
+    name: str
+    family: str
+    config: dict[str, Any]
+    forward: Forward
+    params: Params
+    tokenizer: Any
+
+
+def model_of(config: Mapping[str, Any], params: Params, tokenizer: Any = None, name: str = "model") -> Model:
+    """A Model from a configuration (the content of a ``config.json``) and parameters made elsewhere.
+
+    Raises ValueError if the configuration asks for something that is not supported.
+    """
+    family, forward, _ = build(config, name)
+    return Model(name, family, dict(config), forward, params, tokenizer)
+
+
+def init(config: Mapping[str, Any], seed: int = 0) -> Params:
+    """Fresh float32 parameters for a configuration, drawn by Flax's initialisers; ValueError as for ``model_of``."""
+    return nnx.to_pure_dict(nnx.state(_module(config, "config")(nnx.Rngs(seed))))
+
+
+def build(config: Mapping[str, Any], source: str) -> tuple[str, Forward, Params]:
+    """The family, the forward function, and the parameters' layout (abstract float32 arrays); allocates nothing.
+
+    ``source`` names the configuration in errors. Raises ValueError for an unsupported or incomplete configuration.
+    """
+    module = _module(config, source)
+    try:
+        graph, state = nnx.split(nnx.eval_shape(lambda: module(nnx.Rngs(0))))
+    except KeyError as error:
+        raise ValueError(f"{source}: the configuration has no {error}") from error
+    layout = nnx.to_pure_dict(state)
+
+    def forward(params: Params, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        _check_structure(params, layout)
+        return nnx.merge(graph, params)(tokens, mask)
+
+    return config["model_type"], forward, layout
+
+
+def flat(params: Params) -> dict[str, Any]:
+    """Parameters by path, ``{"layers/0/attn/q/kernel": leaf, ...}``; whatever is not a dict counts as a leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: not isinstance(node, dict))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _module(config: Mapping[str, Any], source: str) -> Callable[[nnx.Rngs], nnx.Module]:
+    family = FAMILIES.get(config.get("model_type", ""))
+    if family is None:
+        raise ValueError(
+            f"{source}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    return lambda rngs: family.CausalLM(dict(config), rngs=rngs)
+
+
+def _check_structure(params: Params, layout: Params) -> None:
+    found, expected = flat(params).keys(), flat(layout).keys()
+    if found != expected:
+        missing, extra = sorted(expected - found), sorted(found - expected)
+        raise ValueError(f"params do not fit the model: missing {missing[:4]}, unexpected {extra[:4]}")

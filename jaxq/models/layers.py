@@ -1,0 +1,42 @@
+"""What the models share: activation functions, and causal attention written as the two contractions it is."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+def activation(config: dict, key: str) -> Callable[[jax.Array], jax.Array]:
+    """The activation function that ``config[key]`` names; ValueError if it is not known."""
+    if config[key] not in ACTIVATIONS:
+        raise ValueError(f"config.json: {key} {config[key]!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[config[key]]
+
+
+def causal_bias(length: int, mask: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """What is added to the attention scores: 0 where a key may be seen, the most negative number elsewhere.
+
+    ``mask`` is None or ``[B, T]`` (bool or integer, 1 = a real token). Returns ``[1 or B, 1, T, T]`` of ``dtype``.
+    """
+    visible = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    if mask is not None:
+        visible = visible & mask.astype(bool)[:, None, None, :]
+    return jnp.where(visible, jnp.zeros((), dtype), jnp.finfo(dtype).min.astype(dtype))
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
+    """Softmax attention of already scaled queries: q, k, v ``[B, T, H, d]``, bias ``[1 or B, 1, T, T]`` -> as ``v``.
+
+    The softmax runs in float32 whatever the computation's type, as transformers does.
+    """
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) + bias
+    probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
+    return jnp.einsum("bhts,bshd->bthd", probabilities, v)

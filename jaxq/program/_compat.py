@@ -1,0 +1,65 @@
+"""The one place that knows how a JAX version lays out its jaxprs (0.10 and 0.11)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jax.extend import core
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+INLINED = frozenset(
+    "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr".split()
+)
+REMAT = frozenset({"remat", "remat2", "checkpoint"})
+LOOPS = frozenset({"scan", "while", "cond"})
+
+
+class ScanSplit(NamedTuple):
+    """How many of a scan's operands are constants and carries; the rest are scanned over."""
+
+    consts: int
+    carry: int
+
+
+def is_literal(atom: Any) -> bool:
+    return isinstance(atom, Literal)
+
+
+def is_drop(var: Any) -> bool:
+    return type(var).__name__ == "DropVar"
+
+
+def called_jaxpr(eqn: Any) -> ClosedJaxpr:
+    """The program of a call-like equation (one of `INLINED`)."""
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if key in eqn.params:
+            return _closed(eqn.params[key])
+    raise ValueError(f"jaxq cannot read the program inside primitive {eqn.primitive.name!r} of this JAX version")
+
+
+def scan_split(eqn: Any) -> ScanSplit:
+    if "num_consts" in eqn.params:
+        return ScanSplit(eqn.params["num_consts"], eqn.params["num_carry"])
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return ScanSplit(len(consts), len(carry))
+
+
+def nested_jaxprs(eqn: Any) -> list[ClosedJaxpr]:
+    """Every program an equation holds in its parameters."""
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, (ClosedJaxpr, Jaxpr)):
+                found.append(_closed(item))
+    return found
+
+
+def bind(eqn: Any, args: list[Any]) -> list[Any]:
+    """Evaluates an equation as it stands, whatever it is; always returns a list."""
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _closed(jaxpr: Any) -> ClosedJaxpr:
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())

@@ -1,0 +1,212 @@
+"""Where a per-channel shift and scale can go: the query that follows an activation back to parameters.
+
+x' = (x - z) / s is the same function when the parameters that make x take the change: a norm's scale and bias, or an
+earlier contraction's columns and bias. Every value on the way must have no other reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxq.program.graph import Const, Graph, Node, Operand
+from jaxq.program.views import Broadcast, Columns, Pull, ViewError, pull, view_of
+
+
+class Unfoldable(ValueError):
+    """Why a transform has to stay at run time."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A parameter that takes a per-channel vector: `pulls` carry the vector from the activation to the leaf."""
+
+    path: str
+    pulls: tuple[Pull, ...]
+
+    @property
+    def columns(self) -> bool:
+        """The leaf is an earlier contraction's weight (or its bias, reached the same way), not a norm's scale."""
+        return any(isinstance(p, Columns) for p in self.pulls)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Parameters to divide by s and, before that, to subtract z from; None with the reason where there is no way.
+
+    `producer` is "norm", "linear" or None: what makes the activation, whether or not it can take the change.
+    """
+
+    scale: tuple[Edit, ...] | None
+    shift: tuple[Edit, ...] | None
+    scale_reason: str = ""
+    shift_reason: str = ""
+    producer: str | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(e.path for e in (self.scale or ()) + (self.shift or ())))
+
+
+@dataclass(frozen=True)
+class Chase:
+    """What a query needs to know of the program: who reads each value, how often each parameter is used."""
+
+    graph: Graph
+    readers: dict[int, list[Node]]
+    uses: dict[str, int]
+    depth: int
+    exclusive: bool = True
+
+
+def find_fold(graph: Graph, x: int, spread: tuple[int, ...], uses: dict[str, int], depth: int, members: int) -> Fold:
+    """How the activation `x` (a group's `members` contractions read it) can absorb a vector of shape `spread`."""
+    readers = graph.consumers()
+    outputs = {graph.same.get(v, v) for v in graph.outputs if isinstance(v, int)}
+    probe = np.ones(spread)
+    root = graph.same.get(x, x)
+    shared = len(readers.get(root, [])) > members or root in outputs
+    chase = Chase(graph, readers, uses, depth)
+    scale, why_scale = _attempt(_scale_edits, chase, x, probe, shared)
+    shift, why_shift = _attempt(_shift_edits, chase, x, probe, shared)
+    loose = Chase(graph, readers, uses, depth, exclusive=False)
+    source, _ = _attempt(_scale_edits, loose, x, probe, False)
+    producer = None if source is None else "linear" if any(e.columns for e in source) else "norm"
+    return Fold(scale, shift, why_scale, why_shift, producer)
+
+
+def _attempt(query, chase: Chase, x: int, probe: np.ndarray, shared: bool) -> tuple[tuple[Edit, ...] | None, str]:
+    try:
+        edits = tuple(query(chase, x, probe, ()))
+        if shared:
+            raise Unfoldable("the activation is also read outside the group (a residual, say)")
+        return edits, ""
+    except (Unfoldable, ViewError) as error:
+        return None, str(error)
+
+
+def _scale_edits(chase: Chase, v: Operand, probe: np.ndarray, pulls: tuple[Pull, ...]) -> Iterator[Edit]:
+    """The edits that divide `v` by a vector."""
+    graph = chase.graph
+    if isinstance(v, int) and v in graph.refs:
+        yield _leaf_edit(chase, v, probe, pulls)
+        return
+    node = _producer(chase, v)
+    if (step := _one_step(graph, node)) is not None:
+        yield from _scale_edits(chase, _only(chase, node.ins[0]), step.backward(probe), (*pulls, step))
+    elif node.name in ("add", "sub"):
+        for operand in node.ins:
+            yield from _scale_edits(chase, _only(chase, operand), _fit(chase, operand, probe), pulls)
+    elif node.name in ("mul", "div"):
+        yield from _first(chase, node.ins if node.name == "mul" else node.ins[:1], probe, pulls)
+    elif node.name == "neg" or (node.name == "max" and any(_is_zero(graph, o) for o in node.ins)):
+        operand = next(o for o in node.ins if not _is_zero(graph, o))
+        yield from _scale_edits(chase, _only(chase, operand), probe, pulls)
+    elif node.name == "dot_general" and (columns := _columns(graph, node)) is not None:
+        w, step = columns
+        yield from _scale_edits(chase, node.ins[w], step.backward(probe), (*pulls, step))
+    else:
+        raise Unfoldable(f"made by {node.name}, which does not commute with a scale")
+
+
+def _shift_edits(chase: Chase, v: Operand, probe: np.ndarray, pulls: tuple[Pull, ...]) -> Iterator[Edit]:
+    """The edits that subtract a vector from `v`."""
+    graph = chase.graph
+    if isinstance(v, int) and v in graph.refs:
+        yield _leaf_edit(chase, v, probe, pulls)
+        return
+    node = _producer(chase, v)
+    if (step := _one_step(graph, node)) is not None:
+        yield from _shift_edits(chase, _only(chase, node.ins[0]), step.backward(probe), (*pulls, step))
+    elif node.name == "add":
+        yield from _first(chase, node.ins, probe, pulls, _shift_edits)
+    else:
+        raise Unfoldable(f"no bias on the way: made by {node.name}")
+
+
+def _first(chase: Chase, operands: tuple[Operand, ...], probe: np.ndarray, pulls: tuple, query=_scale_edits) -> list[Edit]:
+    """One operand suffices; a parameter is asked first."""
+    reasons = []
+    for operand in sorted(operands, key=lambda o: chase.graph.leaf(o) is None):
+        try:
+            return list(query(chase, _only(chase, operand), _fit(chase, operand, probe), pulls))
+        except (Unfoldable, ViewError) as error:
+            reasons.append(str(error))
+    raise Unfoldable("; ".join(dict.fromkeys(reasons)))
+
+
+def _leaf_edit(chase: Chase, v: int, probe: np.ndarray, pulls: tuple[Pull, ...]) -> Edit:
+    ref = chase.graph.refs[v]
+    if chase.uses.get(ref.path, 0) > 1:
+        raise Unfoldable(f"{ref.path} is used in {chase.uses[ref.path]} places")
+    if ref.depth != chase.depth:
+        raise Unfoldable(f"{ref.path} is shared by all layers of a scan")
+    shape, leaf = pull(tuple(reversed(ref.views)), probe).shape, chase.graph.leaf_shapes.get(ref.path)
+    if leaf is None or len(leaf) != len(shape) or any(n != 1 and n != m for n, m in zip(shape, leaf)):
+        raise Unfoldable(f"{ref.path} of shape {leaf} has no value of its own for each channel")
+    return Edit(ref.path, (*pulls, *reversed(ref.views)))
+
+
+def _producer(chase: Chase, v: Operand) -> Node:
+    if isinstance(v, Const) or v in chase.graph.consts:
+        raise Unfoldable("a constant of the program is on the way")
+    if v not in chase.graph.producer:
+        raise Unfoldable("it is an input of the program or of a loop body")
+    return chase.graph.producer[v]
+
+
+def _only(chase: Chase, v: Operand) -> Operand:
+    """`v`, if nothing else reads it."""
+    if chase.exclusive and isinstance(v, int) and v not in chase.graph.refs:
+        root = chase.graph.same.get(v, v)
+        read = len(chase.readers.get(root, ())) + sum(chase.graph.same.get(o, o) == root for o in chase.graph.outputs
+                                                      if isinstance(o, int))
+        if read > 1:
+            raise Unfoldable("a value on the way is also read elsewhere")
+    return v
+
+
+def _fit(chase: Chase, operand: Operand, probe: np.ndarray) -> np.ndarray:
+    """Elementwise operands of size 1 are broadcast without an equation of their own."""
+    shape = chase.graph.avals[operand].shape if isinstance(operand, int) else np.shape(operand.value)
+    if len(shape) == probe.ndim and any(n == 1 < p for n, p in zip(shape, probe.shape)) or not shape:
+        raise Unfoldable("a factor with one value for all channels is on the way")
+    return probe
+
+
+def _one_step(graph: Graph, node: Node) -> Pull | None:
+    if not node.ins or not isinstance(node.ins[0], int):
+        return None
+    before, after = graph.avals[node.ins[0]], graph.avals[node.outs[0]]
+    if node.name == "broadcast_in_dim" and before.size != after.size:
+        return Broadcast(tuple(node.params["broadcast_dimensions"]), tuple(before.shape), tuple(after.shape))
+    return view_of(node.name, node.params, before, after)
+
+
+def _columns(graph: Graph, node: Node) -> tuple[int, Columns] | None:
+    """The weight operand of a contraction with a parameter, and its axes among the output's."""
+    for w in (1, 0):
+        if graph.leaf(node.ins[w]) is not None and graph.is_activation(node.ins[1 - w]):
+            return w, output_columns(graph, node, w)
+    return None
+
+
+def output_columns(graph: Graph, node: Node, w: int) -> Columns:
+    (contract, batch) = node.params["dimension_numbers"]
+    ndim = len(graph.avals[node.ins[w]].shape)
+    other = len(graph.avals[node.ins[1 - w]].shape) - len(contract[1 - w]) - len(batch[1 - w])
+    free = [i for i in range(ndim) if i not in contract[w] and i not in batch[w]]
+    start = len(batch[w]) + (other if w == 1 else 0)
+    where = {i: k for k, i in enumerate(batch[w])} | {i: start + k for k, i in enumerate(free)}
+    return Columns(tuple(where.get(i) for i in range(ndim)))
+
+
+def _is_zero(graph: Graph, v: Operand) -> bool:
+    """A constant 0, as relu's other operand."""
+    if isinstance(v, int) and v not in graph.consts:
+        node = graph.producer.get(v)
+        return node is not None and node.name == "broadcast_in_dim" and _is_zero(graph, node.ins[0])
+    value = np.asarray(v.value if isinstance(v, Const) else graph.consts[v])
+    return value.size > 0 and not value.any()

@@ -1,0 +1,237 @@
+"""A traced function as a flat graph of equations, every value traced back to the parameter it is, where it is one.
+
+Calls (`jit`, `remat`, `custom_vjp`, ...) are inlined, loops keep their bodies as graphs of their own. The graph is for
+reading: `execute` re-runs the original jaxpr and finds its equations by `Node.address`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr
+
+from jaxq.program import _compat
+from jaxq.program.views import Convert, View, view_of
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value that is a parameter, seen through views. `depth` counts the leading layer axes already sliced away."""
+
+    path: str
+    views: tuple[View, ...] = ()
+    depth: int = 0
+
+
+@dataclass(frozen=True)
+class Const:
+    """An operand whose value is part of the program."""
+
+    value: Any
+
+
+Operand = int | Const
+
+
+@dataclass
+class Node:
+    """An equation: its address in the nested jaxprs, its operands and results as value numbers, its loop bodies."""
+
+    index: int
+    address: tuple[int, ...]
+    eqn: Any
+    ins: tuple[Operand, ...]
+    outs: tuple[int, ...]
+    bodies: tuple[Graph, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.eqn.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.eqn.params
+
+
+@dataclass
+class Graph:
+    """Nodes in program order; `same[v]` is the first value that provably equals `v`."""
+
+    nodes: list[Node] = field(default_factory=list)
+    avals: list[Any] = field(default_factory=list)
+    refs: dict[int, Ref] = field(default_factory=dict)
+    leaf_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    consts: dict[int, Any] = field(default_factory=dict)
+    from_params: set[int] = field(default_factory=set)
+    from_inputs: set[int] = field(default_factory=set)
+    picked: set[int] = field(default_factory=set)
+    same: dict[int, int] = field(default_factory=dict)
+    producer: dict[int, Node] = field(default_factory=dict)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[Operand] = field(default_factory=list)
+
+    def new(self, aval: Any) -> int:
+        self.avals.append(aval)
+        return len(self.avals) - 1
+
+    def leaf(self, v: Operand) -> Ref | None:
+        return self.refs.get(v) if isinstance(v, int) else None
+
+    def is_activation(self, v: Operand) -> bool:
+        return isinstance(v, int) and v in self.from_inputs
+
+    def is_derived(self, v: Operand) -> bool:
+        """Computed from parameters alone, and not a plain view of one."""
+        return isinstance(v, int) and v in self.from_params and v not in self.from_inputs and v not in self.refs
+
+    def consumers(self) -> dict[int, list[Node]]:
+        """The nodes that read each value, equal values counted as one (being a program output is not counted here)."""
+        uses: dict[int, list[Node]] = {}
+        for node in self.nodes:
+            for v in {self.same.get(v, v) for v in node.ins if isinstance(v, int)}:
+                uses.setdefault(v, []).append(node)
+        return uses
+
+
+Kind = Ref | str | None  # a parameter, "input" (depends on the inputs), "derived" (on parameters), or None
+
+
+def build(closed: ClosedJaxpr, kinds: Sequence[Kind]) -> Graph:
+    """Reads a jaxpr whose invars are of the given kinds."""
+    graph = Graph()
+    for var, kind in zip(closed.jaxpr.invars, kinds, strict=True):
+        v = graph.new(var.aval)
+        graph.inputs.append(v)
+        _set_kind(graph, v, kind)
+    numbered: dict[Any, int] = {}
+    graph.outputs = _inline(graph, closed, list(graph.inputs), (), numbered)
+    return graph
+
+
+def _set_kind(graph: Graph, v: int, kind: Kind) -> None:
+    if isinstance(kind, Ref):
+        graph.refs[v] = kind
+        graph.from_params.add(v)
+        if not kind.views:
+            graph.leaf_shapes[kind.path] = tuple(graph.avals[v].shape)
+    elif kind == "derived":
+        graph.from_params.add(v)
+    elif kind is not None:
+        graph.from_inputs.add(v)
+        if kind == "input+params":
+            graph.from_params.add(v)
+
+
+def _inline(graph: Graph, closed: ClosedJaxpr, args: list[Operand], at: tuple[int, ...], numbered: dict) -> list[Operand]:
+    env: dict[Any, Operand] = dict(zip(closed.jaxpr.invars, args, strict=True))
+    for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
+        v = graph.new(var.aval)
+        graph.consts[v] = value
+        env[var] = v
+
+    def read(atom: Any) -> Operand:
+        return Const(atom.val) if _compat.is_literal(atom) else env[atom]
+
+    for i, eqn in enumerate(closed.jaxpr.eqns):
+        ins = [read(a) for a in eqn.invars]
+        if eqn.primitive.name in _compat.INLINED:
+            outs = _inline(graph, _compat.called_jaxpr(eqn), ins, (*at, i), numbered)
+        else:
+            outs = _add(graph, eqn, ins, (*at, i), numbered)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(a) for a in closed.jaxpr.outvars]
+
+
+def _add(graph: Graph, eqn: Any, ins: list[Operand], at: tuple[int, ...], numbered: dict) -> list[Operand]:
+    outs = tuple(graph.new(var.aval) for var in eqn.outvars)
+    node = Node(len(graph.nodes), at, eqn, tuple(ins), outs)
+    graph.nodes.append(node)
+    node.bodies = tuple(build(closed, kinds) for closed, kinds in _loop_bodies(graph, node))
+    params = any(v in graph.from_params for v in ins if isinstance(v, int))
+    inputs = any(v in graph.from_inputs for v in ins if isinstance(v, int))
+    for v in outs:
+        graph.producer[v] = node
+        if params:
+            graph.from_params.add(v)
+        if inputs:
+            graph.from_inputs.add(v)
+    if _picks_a_piece(graph, node):
+        graph.picked.add(outs[0])
+    _follow_view(graph, node, numbered)
+    return list(outs)
+
+
+def _picks_a_piece(graph: Graph, node: Node) -> bool:
+    """`w[i]` with a traced scalar `i` takes a piece of a parameter (an embedding look-up takes a row a token)."""
+    if not node.ins or not (graph.leaf(node.ins[0]) or graph.is_derived(node.ins[0])):
+        return False
+    if node.name == "gather":
+        return len(node.params["dimension_numbers"].offset_dims) == len(graph.avals[node.outs[0]].shape)
+    return node.name == "dynamic_slice"
+
+
+def _follow_view(graph: Graph, node: Node, numbered: dict) -> None:
+    """Notes that a view of a parameter is that parameter, and that two equal views of one value are one value."""
+    if len(node.outs) != 1 or not node.ins or not isinstance(node.ins[0], int):
+        return
+    source, out = node.ins[0], node.outs[0]
+    view = view_of(node.name, node.params, graph.avals[source], graph.avals[out])
+    if view is None:
+        return
+    if source in graph.picked:
+        graph.picked.add(out)
+    if source in graph.refs:
+        ref = graph.refs[source]
+        graph.refs[out] = Ref(ref.path, (*ref.views, view), ref.depth)
+    root = graph.same.get(source, source)
+    identity = isinstance(view, Convert) and view.before == view.after
+    graph.same[out] = root if identity else numbered.setdefault((root, view), out)
+
+
+def _loop_bodies(graph: Graph, node: Node) -> list[tuple[ClosedJaxpr, list[Kind]]]:
+    """The programs inside a loop or branch, with what each of their inputs is."""
+    kinds = [_kind(graph, v) for v in node.ins]
+    if node.name == "scan":
+        split = _compat.scan_split(node.eqn)
+        outside = split.consts + split.carry
+        inside = kinds[: split.consts] + [_mixed(k) for k in kinds[split.consts : outside]]
+        return [(node.params["jaxpr"], inside + [_slice(k) for k in kinds[outside:]])]
+    if node.name == "cond":
+        return [(branch, kinds[1:]) for branch in node.params["branches"]]
+    if node.name == "while":
+        skip, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
+        carry = [_mixed(k) for k in kinds[skip + consts :]]
+        return [
+            (node.params["cond_jaxpr"], kinds[:skip] + carry),
+            (node.params["body_jaxpr"], kinds[skip : skip + consts] + carry),
+        ]
+    return []
+
+
+def _kind(graph: Graph, v: Operand) -> Kind:
+    if not isinstance(v, int):
+        return None
+    if v in graph.refs:
+        return graph.refs[v]
+    inputs, params = v in graph.from_inputs, v in graph.from_params
+    return ("input+params" if params else "input") if inputs else ("derived" if params else None)
+
+
+def _mixed(_: Kind) -> Kind:
+    """A loop carry: whatever it starts as, the body may make it depend on everything."""
+    return "input+params"
+
+
+def _slice(kind: Kind) -> Kind:
+    """What one iteration sees of an operand that is scanned over."""
+    if not isinstance(kind, Ref):
+        return kind
+    plain = all(isinstance(view, Convert) for view in kind.views)
+    return Ref(kind.path, kind.views, kind.depth + 1) if plain else "derived"
+
+
+def all_graphs(graph: Graph) -> list[Graph]:
+    """The graph and every loop body below it, outermost first."""
+    return [graph] + [g for node in graph.nodes for body in node.bodies for g in all_graphs(body)]

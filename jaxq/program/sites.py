@@ -1,0 +1,252 @@
+"""Sites: the equations where low-bit numbers meet, found in a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from os.path import commonprefix
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxq.program import _compat
+from jaxq.program.graph import Graph, Node, Operand, Ref
+from jaxq.program.fold import output_columns
+from jaxq.program.views import Reshape, Transpose, ViewError, factor_groups
+
+CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Which axes an equation sums over: `x_axes[i]` of the activation meets `w_axes[i]` of the weight.
+
+    `reduced` are all the weight's axes that one output channel sums over (a convolution's window among them).
+    `columns` are the weight's axes among the output's (None where summed), known for `dot_general` only.
+    """
+
+    x: int
+    w: int
+    x_axes: tuple[int, ...]
+    w_axes: tuple[int, ...]
+    reduced: tuple[int, ...]
+    columns: tuple[int | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Site:
+    """One contraction or look-up. `kind`: "linear", "conv", "ragged", "attention" (two activations) or "lookup".
+
+    `path`: the parameter's path; for attention, the nearest common path of the parameters that feed it, plus `dot0`.
+    `ref` is the weight (None for attention), `leaf_axes` the leaf's axes that one output channel sums over.
+    """
+
+    path: str
+    kind: str
+    node: int
+    operands: Operands
+    shapes: tuple[tuple[int, ...], ...]
+    ref: Ref | None = None
+    leaf_axes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A contraction that involves parameters and cannot be quantized, and why."""
+
+    path: str
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+    reason: str
+
+
+def find_sites(graph: Graph) -> tuple[list[Site], list[Skipped]]:
+    """The sites of one graph (not of its loop bodies), in program order."""
+    feeds = _Feeds(graph)
+    sites, skipped, taken = [], [], {}
+    for node in graph.nodes:
+        found = _classify(graph, node, feeds)
+        if isinstance(found, Site):
+            found = replace(found, path=_unique(found, taken))
+            sites.append(found)
+        elif found is not None:
+            skipped.append(found)
+        feeds.visit(node, found if isinstance(found, Site) else None)
+    return sites, skipped
+
+
+def _unique(site: Site, taken: dict[str, int]) -> str:
+    if site.kind == "lookup":
+        return site.path
+    count = taken[site.path] = taken.get(site.path, -1) + 1
+    if site.kind == "attention":
+        return f"{site.path}/dot{count}".lstrip("/")
+    return site.path if count == 0 else f"{site.path}#{count}"
+
+
+def _classify(graph: Graph, node: Node, feeds: _Feeds) -> Site | Skipped | None:
+    if node.name == "gather" and graph.leaf(node.ins[0]) and node.outs[0] not in graph.picked:
+        return _lookup(graph, node)
+    if node.name in CONTRACTIONS:
+        return _contraction(graph, node, feeds)
+    if not node.bodies:
+        return _opaque(graph, node)
+    return None
+
+
+def _contraction(graph: Graph, node: Node, feeds: _Feeds) -> Site | Skipped | None:
+    left, right = node.ins[0], node.ins[1]
+    shapes = (_shape(graph, left), _shape(graph, right), tuple(graph.avals[node.outs[0]].shape))
+    floating = all(_is_float(graph, v) for v in (left, right))
+    for x, w in ((0, 1), (1, 0)):
+        ref = graph.leaf(node.ins[w])
+        if ref and graph.is_activation(node.ins[x]):
+            return _linear(graph, node, ref, x, w, shapes)
+    if not floating:
+        return None
+    if any(v in graph.picked for v in (left, right)):
+        return Skipped(feeds.name(left, right), node.name, shapes, "the weight is picked by a traced index: scan over it")
+    if any(graph.is_derived(v) for v in (left, right)):
+        return _derived(graph, node, feeds, shapes)
+    if all(graph.is_activation(v) and v in graph.from_params for v in (left, right)):
+        operands = _operands(node, 0, 1)
+        if operands.x_axes and node.name == "dot_general":
+            return Site(feeds.name(left, right), "attention", node.index, operands, shapes)
+    closed_over = [v for v in (left, right) if isinstance(v, int) and v in graph.consts and len(_shape(graph, v)) > 1]
+    if closed_over and any(graph.is_activation(v) for v in (left, right)):
+        return Skipped("(closed over)", node.name, shapes, "the weight is closed over: pass it in the params")
+    return None
+
+
+def _derived(graph: Graph, node: Node, feeds: _Feeds, shapes: tuple) -> Skipped | None:
+    name = feeds.name(*node.ins[:2])
+    if any(graph.is_activation(v) for v in node.ins[:2]):
+        made = next(graph.producer[v].name for v in node.ins[:2] if graph.is_derived(v) and v in graph.producer)
+        return Skipped(name, node.name, shapes, f"the weight is computed from parameters (by {made}), not one itself")
+    return Skipped(name, node.name, shapes, "both operands are parameters: no activation to calibrate on")
+
+
+def _linear(graph: Graph, node: Node, ref: Ref, x: int, w: int, shapes: tuple) -> Site | Skipped:
+    kind = {"dot_general": "linear", "conv_general_dilated": "conv", "ragged_dot_general": "ragged"}[node.name]
+    if not _is_float(graph, node.ins[w]):
+        return Skipped(ref.path, kind, shapes, f"the weight has dtype {graph.avals[node.ins[w]].dtype}, not a float")
+    if node.name != "dot_general" and w == 0:
+        return Skipped(ref.path, kind, shapes, "the parameter is the contraction's left operand")
+    operands = _operands(node, x, w)
+    if node.name == "dot_general":
+        operands = replace(operands, columns=output_columns(graph, node, w).out)
+    if not operands.x_axes:
+        return Skipped(ref.path, kind, shapes, "an outer product: nothing is summed over")
+    try:
+        leaf_axes = leaf_axes_of(ref, operands.reduced, len(shapes[w]))
+    except ViewError as error:
+        return Skipped(ref.path, kind, shapes, str(error))
+    return Site(ref.path, kind, node.index, operands, shapes, ref, leaf_axes)
+
+
+def _lookup(graph: Graph, node: Node) -> Site | None:
+    ref = graph.leaf(node.ins[0])
+    assert ref is not None
+    shape = _shape(graph, node.ins[0])
+    if len(shape) < 2 or not _is_float(graph, node.ins[0]):
+        return None
+    rows = tuple(node.params["dimension_numbers"].start_index_map)
+    summed = tuple(i for i in range(len(shape)) if i not in rows)
+    try:
+        leaf_axes = leaf_axes_of(ref, summed, len(shape))
+    except ViewError:
+        return None
+    shapes = (_shape(graph, node.ins[1]), shape, tuple(graph.avals[node.outs[0]].shape))
+    return Site(ref.path, "lookup", node.index, Operands(1, 0, (), (), summed), shapes, ref, leaf_axes)
+
+
+def _opaque(graph: Graph, node: Node) -> Skipped | None:
+    """A primitive that jaxq does not open (shard_map, pallas_call, ...) and that reads a parameter."""
+    inner = _compat.nested_jaxprs(node.eqn)
+    refs = [ref for v in node.ins if (ref := graph.leaf(v)) is not None and len(_shape(graph, v)) > 1]
+    if not inner or not refs or not any(_contracts(c) for c in inner):
+        return None
+    shapes = tuple(_shape(graph, v) for v in node.ins)
+    return Skipped(refs[0].path, node.name, shapes, f"a contraction inside {node.name}, which jaxq does not open")
+
+
+def _contracts(closed: Any) -> bool:
+    eqns = closed.jaxpr.eqns
+    return any(e.primitive.name in CONTRACTIONS or any(map(_contracts, _compat.nested_jaxprs(e))) for e in eqns)
+
+
+def _operands(node: Node, x: int, w: int) -> Operands:
+    if node.name == "conv_general_dilated":
+        dims = node.params["dimension_numbers"]
+        out = {dims.rhs_spec[0]}
+        reduced = tuple(i for i in range(len(dims.rhs_spec)) if i not in out)
+        grouped = node.params["feature_group_count"] > 1 or node.params["batch_group_count"] > 1
+        channel = () if grouped else (dims.rhs_spec[1],)
+        return Operands(0, 1, (dims.lhs_spec[1],), channel, reduced)
+    numbers = node.params.get("dimension_numbers")
+    if node.name == "ragged_dot_general":
+        numbers = node.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    contract = numbers[0]
+    return Operands(x, w, tuple(contract[x]), tuple(contract[w]), tuple(contract[w]))
+
+
+def leaf_axes_of(ref: Ref, axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """The leaf's axes that `axes` of its view are; ViewError if a reshape mixes them with others."""
+    marked = [i in axes for i in range(ndim)]
+    for view in reversed(ref.views):
+        if isinstance(view, Transpose):
+            marked = [marked[view.permutation.index(i)] for i in range(len(marked))]
+        elif isinstance(view, Reshape):
+            marked = _unmark(marked, view)
+    return tuple(i for i, m in enumerate(marked) if m)
+
+
+def _unmark(marked: list[bool], view: Reshape) -> list[bool]:
+    before = [False] * len(view.before)
+    for ours, theirs in factor_groups(view.before, view.after):
+        inside = {marked[j] for j in theirs if view.after[j] > 1}
+        if len(inside) > 1:
+            raise ViewError(f"a reshape {view.before} -> {view.after} mixes summed and output channels in one axis")
+        for i in ours:
+            before[i] = inside == {True}
+    return before
+
+
+class _Feeds:
+    """Which parameters feed each value since the last linear site: what names attention's contractions."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.paths: dict[int, frozenset[str]] = {}
+
+    def of(self, v: Operand) -> frozenset[str]:
+        if not isinstance(v, int):
+            return frozenset()
+        if v in self.graph.refs:
+            return frozenset({self.graph.refs[v].path})
+        return self.paths.get(v, frozenset())
+
+    def visit(self, node: Node, site: Site | None) -> None:
+        if site is not None and site.ref is not None:
+            paths = frozenset({site.ref.path})
+        else:
+            paths = frozenset().union(*(self.of(v) for v in node.ins))
+        self.paths.update((v, paths) for v in node.outs)
+
+    def name(self, *operands: Operand) -> str:
+        """The nearest common path: of q's and k's kernels, the attention block that holds both."""
+        paths = sorted(frozenset().union(*(self.of(v) for v in operands)))
+        if len(paths) == 1:
+            return paths[0].rpartition("/")[0] or paths[0]
+        return commonpath(paths)
+
+
+def commonpath(paths: list[str]) -> str:
+    return "/".join(commonprefix([p.split("/") for p in paths]))  # type: ignore[type-var]
+
+
+def _shape(graph: Graph, v: Operand) -> tuple[int, ...]:
+    return tuple(graph.avals[v].shape) if isinstance(v, int) else tuple(getattr(v.value, "shape", ()))
+
+
+def _is_float(graph: Graph, v: Operand) -> bool:
+    return isinstance(v, int) and bool(jnp.issubdtype(graph.avals[v].dtype, jnp.floating))

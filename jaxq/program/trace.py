@@ -1,0 +1,75 @@
+"""Tracing a forward function: every parameter known by its path in the pytree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
+
+from jaxq.program.graph import Ref, build
+from jaxq.program.groups import Layout, lay_out
+from jaxq.qtensor import is_qtensor
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced forward function: `closed` takes the parameters' leaves, in the order of `paths`, then the inputs'."""
+
+    closed: ClosedJaxpr
+    paths: tuple[str, ...]
+    layout: Layout
+    out_tree: Any
+
+
+def path_name(keys: tuple[Any, ...]) -> str:
+    """`blocks/3/attn/q/kernel`, whatever containers hold it; NNX's `.value` at the end is left away."""
+    names = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys]
+    if len(names) > 1 and getattr(keys[-1], "name", None) in ("value", "raw_value"):
+        names = names[:-1]
+    return "/".join(names)
+
+
+def named_leaves(params: Any) -> list[tuple[str, Any]]:
+    """The leaves of a parameter tree (a `QTensor` is one leaf) with their paths."""
+    found = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)[0]
+    return [(path_name(keys), leaf) for keys, leaf in found]
+
+
+def replace_leaves(params: Any, leaves: dict[str, Any]) -> Any:
+    """The tree with the leaves at the given paths replaced."""
+
+    def new(keys: tuple[Any, ...], leaf: Any) -> Any:
+        return leaves.get(path_name(keys), leaf)
+
+    return jax.tree_util.tree_map_with_path(new, params, is_leaf=is_qtensor)
+
+
+def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The logical shape and dtype of a leaf, without reading it."""
+    if is_qtensor(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    if isinstance(leaf, jax.Array):
+        aval = jax.typeof(leaf)
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    array = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+    return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
+
+
+def trace(forward: Callable, params: Any, *inputs: Any) -> Program:
+    """Traces `forward(params, *inputs)` on shapes alone."""
+    shapes = jax.tree.map(abstract, params, is_leaf=is_qtensor)
+    paths = tuple(path for path, _ in named_leaves(shapes))
+    twice = {p for p in paths if paths.count(p) > 1} if len(set(paths)) < len(paths) else None
+    if twice:
+        raise ValueError(f"two parameters share the path {sorted(twice)[0]!r}: rename one")
+    in_shapes = jax.tree.map(abstract, inputs)
+    closed, out_shape = jax.make_jaxpr(forward, return_shape=True)(shapes, *in_shapes)
+    count = len(closed.jaxpr.invars) - len(paths)
+    kinds = [Ref(path) for path in paths] + ["input"] * count
+    return Program(closed, paths, lay_out(build(closed, kinds)), jax.tree.structure(out_shape))

@@ -1,0 +1,49 @@
+"""Putting steps together, and choosing them by path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from functools import reduce
+
+from jaxq.program.groups import GroupPlan
+from jaxq.steps.group import Group, Spec, Step
+
+
+def chain(*steps: Step) -> Step:
+    """Applies steps in order, as `optax.chain` does; each knows from the start what the others plan."""
+
+    def plan(group: GroupPlan, spec: Spec) -> Spec:
+        return reduce(lambda s, step: step.plan(group, s), steps, spec)
+
+    def apply(group: Group) -> Group:
+        return reduce(lambda g, step: step.apply(g), steps, group)
+
+    return Step(plan, apply, tuple(p for step in steps for p in step.patterns))
+
+
+def nothing() -> Step:
+    """Leaves a group in full precision."""
+    return Step(lambda _, spec: spec, lambda group: group)
+
+
+def partition(rules: Mapping[str, Step]) -> Step:
+    """The step of the first rule that matches one of a group's sites (or its name); groups without one are left alone.
+
+    Rules are shell patterns over site paths, `"layers/*/attn/*"`; `*` crosses slashes. `calibrate` refuses a rule that
+    matches no site of the program.
+    """
+
+    def choose(group: GroupPlan) -> Step:
+        names = (*group.sites, group.name)
+        return next((step for rule, step in rules.items() if any(fnmatch(n, rule) for n in names)), nothing())
+
+    patterns = tuple(rules) + tuple(p for step in rules.values() for p in step.patterns)
+    return Step(
+        lambda group, spec: choose(group).plan(group, spec), lambda group: choose(group.plan).apply(group), patterns
+    )
+
+
+def skip(patterns: tuple[str, ...] | list[str], step: Step) -> Step:
+    """`step` everywhere but at the sites that match one of the patterns."""
+    return partition({**{p: nothing() for p in patterns}, "*": step}) if patterns else step

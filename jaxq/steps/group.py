@@ -1,0 +1,179 @@
+"""A group during calibration: what a step receives and returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.contraction import along, transform
+from jaxq.program.groups import GroupPlan, Member
+from jaxq.program.views import look, pull
+from jaxq.qtensor import Grid, QTensor, is_qtensor
+from jaxq.quantizer import Quantizer
+from jaxq.steps.objective import Objectives
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a recipe wants of one group, known before anything is run: earlier steps search against it."""
+
+    weights: Quantizer | None = None
+    activations: Quantizer | None = None
+    touched: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group with its real numbers.
+
+    Attributes:
+      plan: what the program says of it: its name, sites, channel axes, where a transform can be folded.
+      spec: how its weights and its input will be quantized.
+      x: the activation of each microbatch, in the program's layout, as transformed so far.
+      valid: for each microbatch a bool array that broadcasts against `x` (False: padding), or None.
+      token_axes: the axes of `x` that run over batch and tokens.
+      weights, biases: by site path, in the layout of the parameter tree, as transformed so far.
+      shift, scale: the equivalent transform so far, of the shape of x's channel axes; x = (x_0 - shift) / scale.
+      output_bias: what sites without a bias must add at run time, in the layout of their output.
+      grid: the static grid of the input, once found.
+      objectives: the pieces of program in which a search can measure its error.
+      log: what steps want to report (arrays and numbers), by name.
+    """
+
+    plan: GroupPlan
+    spec: Spec
+    x: tuple[jax.Array, ...]
+    valid: tuple[jax.Array | None, ...]
+    token_axes: tuple[int, ...]
+    weights: dict[str, Any]
+    biases: dict[str, jax.Array]
+    objectives: Objectives
+    shift: jax.Array | None = None
+    scale: jax.Array | None = None
+    output_bias: dict[str, jax.Array] = field(default_factory=dict)
+    grid: Grid | None = None
+    log: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return tuple(self.x[0].shape[i] for i in self.plan.x_axes)
+
+    def can_scale(self) -> bool:
+        """Whether all consumers are weights of this group alone, still in full precision."""
+        fits = all(m.site.operands.w_axes for m in self.plan.members)
+        shared = any("#" in m.site.path for m in self.plan.members) or "places" in self.plan.fold.scale_reason
+        linear = self.plan.kind in ("linear", "conv", "ragged")
+        return linear and fits and not shared and not any(map(is_qtensor, self.weights.values()))
+
+    def can_shift(self) -> bool:
+        """Whether, besides, every consumer has a bias to take the shift."""
+        return self.plan.kind == "linear" and self.can_scale() and all(m.bias for m in self.plan.members)
+
+    def noted(self, **log: Any) -> Group:
+        return replace(self, log={**self.log, **log})
+
+
+class Step(NamedTuple):
+    """The unit of composition, as optax's (init, update) pair.
+
+    `plan(group_plan, spec) -> spec` says how a group will be quantized, before the walk; `apply(group) -> group` does
+    what the step does. `patterns` are the site-path rules inside it: `calibrate` refuses those that match nothing.
+    """
+
+    plan: Callable[[GroupPlan, Spec], Spec]
+    apply: Callable[[Group], Group]
+    patterns: tuple[str, ...] = ()
+
+
+def weight_spread(member: Member, s: jax.Array) -> jax.Array:
+    """A per-channel array in the layout of the member's weight leaf."""
+    site = member.site
+    assert site.ref is not None
+    return pull(tuple(reversed(site.ref.views)), along(s, site.operands.w_axes, len(site.shapes[site.operands.w])))
+
+
+def shift_through(member: Member, z: jax.Array, w: jax.Array) -> jax.Array:
+    """z W of a weight leaf: what a shift of the input takes from the output, in the output's layout (OS+, eq. 4)."""
+    site = member.site
+    assert site.ref is not None
+    seen = look(site.ref.views, w).astype(jnp.float32)
+    lost = jnp.tensordot(z.astype(jnp.float32), seen, (tuple(range(z.ndim)), site.operands.w_axes))
+    columns = [i for i in site.operands.columns if i is not None]
+    return along(lost, columns, len(site.shapes[2]))
+
+
+def transformed(group: Group, shift: jax.Array | None = None, scale: jax.Array | None = None) -> Group:
+    """The equivalent group with x' = (x - z) / s, W' = diag(s) W, b' = b + z W; transforms compose."""
+    weights, biases, output_bias = dict(group.weights), dict(group.biases), dict(group.output_bias)
+    for member in group.plan.members:
+        path = member.site.path
+        if shift is not None:
+            lost = shift_through(member, shift, weights[path])
+            if member.bias is not None:
+                biases[path] = biases[path] + pull(member.bias.pulls, lost).astype(biases[path].dtype)
+            else:
+                output_bias[path] = lost + output_bias.get(path, jnp.float32(0))
+        if scale is not None:
+            weights[path] = weights[path] * weight_spread(member, scale).astype(weights[path].dtype)
+    x = tuple(_transform(x, shift, scale, group.plan.x_axes) for x in group.x)
+    total_shift, total_scale = _compose((group.shift, group.scale), shift, scale)
+    return replace(
+        group, x=x, weights=weights, biases=biases, output_bias=output_bias, shift=total_shift, scale=total_scale
+    )
+
+
+_transform = partial(jax.jit, static_argnums=3)(transform)
+
+
+def _compose(first: tuple, shift: jax.Array | None, scale: jax.Array | None) -> tuple:
+    """((x - z1) / s1 - z) / s = (x - (z1 + s1 z)) / (s1 s)."""
+    shift1, scale1 = first
+    if shift is not None:
+        moved = shift if scale1 is None else scale1 * shift
+        shift1 = moved if shift1 is None else shift1 + moved
+    if scale is not None:
+        scale1 = scale if scale1 is None else scale1 * scale
+    return shift1, scale1
+
+
+@partial(jax.jit, static_argnums=2)
+def _channel_range(x: jax.Array, valid: jax.Array | None, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    others = tuple(i for i in range(x.ndim) if i not in axes)
+    x = x.astype(jnp.float32)
+    low = x if valid is None else jnp.where(valid, x, jnp.inf)
+    high = x if valid is None else jnp.where(valid, x, -jnp.inf)
+    order = [sorted(axes).index(a) for a in axes]
+    return low.min(others).transpose(order), high.max(others).transpose(order)
+
+
+def channel_range(group: Group) -> tuple[jax.Array, jax.Array]:
+    """Each channel's (min, max) over all real tokens of all microbatches."""
+    ranges = [_channel_range(x, valid, group.plan.x_axes) for x, valid in zip(group.x, group.valid)]
+    lows, highs = zip(*ranges)
+    return jnp.stack(lows).min(0), jnp.stack(highs).max(0)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def tokens_of(
+    x: jax.Array, valid: jax.Array | None, token_axes: tuple[int, ...], x_axes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array | None]:
+    """An activation as [1, tokens, features], and which tokens are real."""
+    axes = token_axes or tuple(i for i in range(x.ndim) if i not in x_axes)
+    rest = [i for i in range(x.ndim) if i not in axes]
+    count = 1
+    for i in axes:
+        count *= x.shape[i]
+    tokens = x.transpose([*axes, *rest]).reshape(1, count, -1).astype(jnp.float32)
+    if valid is None:
+        return tokens, None
+    shape = [x.shape[i] if i in axes else 1 for i in range(x.ndim)]
+    return tokens, jnp.broadcast_to(valid, shape).transpose([*axes, *rest]).reshape(count)
+
+
+def encoded(group: Group, weights: dict[str, QTensor]) -> Group:
+    return replace(group, weights={**group.weights, **weights})

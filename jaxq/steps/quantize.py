@@ -1,0 +1,72 @@
+"""Encoding the weights and fixing the inputs' grids: what every recipe ends with. Alone, it is round to nearest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jaxq.formats import Format, Int, grid_from_range
+from jaxq.observers import observe
+from jaxq.program.groups import GroupPlan
+from jaxq.qtensor import Grid, PerChannel, PerTensor, is_qtensor
+from jaxq.quantizer import Quantizer, quantize_weight
+from jaxq.steps.group import Group, Spec, Step, encoded, tokens_of
+
+Description = Format | Quantizer | None
+
+
+def quantize(
+    weights: Description = Int(8),
+    activations: Description = Int(8),
+    attention: Description = None,
+    embeddings: Description = None,
+) -> Step:
+    """Quantizes each group as its earlier steps left it.
+
+    Args:
+      weights: of contractions with a parameter; a bare format means one grid an output channel. None: full precision.
+      activations: what those contractions read; a bare format means one static grid for the tensor, ranged by the
+        quantizer's observer over all batches.
+      attention: both operands of contractions of two activations (q k^T and p v).
+      embeddings: tables that are looked up; a bare format means one grid a row.
+    """
+    per_row = _described(embeddings, PerChannel())
+    by_kind = {
+        "attention": (None, _described(attention, PerTensor())),
+        "lookup": (per_row, None),
+    }
+    usual = (_described(weights, PerChannel()), _described(activations, PerTensor()))
+
+    def plan(group: GroupPlan, spec: Spec) -> Spec:
+        w, x = by_kind.get(group.kind, usual)
+        return replace(spec, weights=w, activations=x, touched=spec.touched or bool(w or x))
+
+    return Step(plan, lambda group: encode_weights(fix_input(group)))
+
+
+def _described(what: Description, granularity: PerChannel | PerTensor) -> Quantizer | None:
+    return what if what is None or isinstance(what, Quantizer) else Quantizer(what, granularity)
+
+
+def fix_input(group: Group) -> Group:
+    """The static grid of the group's input, from its observer; dynamic inputs have none."""
+    quantizer = group.spec.activations
+    if quantizer is None or quantizer.dynamic:
+        return group
+    axes = group.token_axes, group.plan.x_axes
+    tokens = [tokens_of(x, valid, *axes) for x, valid in zip(group.x, group.valid, strict=True)]
+    low, high = observe(quantizer.observer, quantizer.format, [x for x, _ in tokens], [v for _, v in tokens])
+    scale, zero = grid_from_range(quantizer.format, low[0], high[0])
+    return replace(group, grid=Grid(scale, zero))
+
+
+def encode_weights(group: Group) -> Group:
+    """The group's weights as codes; a weight that another site has already encoded stays as it is."""
+    quantizer = group.spec.weights
+    if quantizer is None:
+        return group
+    codes = {}
+    for member in group.plan.members:
+        w = group.weights[member.site.path]
+        if not is_qtensor(w):
+            codes[member.site.path] = quantize_weight(w, quantizer, member.site.leaf_axes)
+    return encoded(group, codes)

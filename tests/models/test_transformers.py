@@ -1,0 +1,83 @@
+"""Against transformers itself, where torch is installed: configurations beyond the goldens, and what save_hf writes."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxq.models import init, load, model_of, save_hf
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+OPT = dict(
+    model_type="opt", vocab_size=40, hidden_size=24, ffn_dim=40, num_attention_heads=3, num_hidden_layers=2,
+    max_position_embeddings=16, word_embed_proj_dim=24, pad_token_id=1, bos_token_id=2, eos_token_id=2,
+)  # fmt: skip
+LLAMA = dict(
+    model_type="llama", vocab_size=40, hidden_size=24, intermediate_size=40, num_attention_heads=4,
+    num_key_value_heads=2, num_hidden_layers=2, max_position_embeddings=16,
+)  # fmt: skip
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+CONFIGS = {
+    "opt gelu": OPT | dict(activation_function="gelu"),
+    "opt untied": OPT | dict(tie_word_embeddings=False),
+    "opt no biases": OPT | dict(enable_bias=False),
+    "opt no affine norms": OPT | dict(layer_norm_elementwise_affine=False),
+    "opt no final norm": OPT | dict(_remove_final_layer_norm=True),
+    "opt pre-norm projected": OPT | dict(word_embed_proj_dim=16),
+    "llama multi-head tied": LLAMA | dict(num_key_value_heads=4, tie_word_embeddings=True),
+    "llama head_dim": LLAMA | dict(head_dim=8, hidden_act="gelu"),
+    "llama one kv head": LLAMA | dict(num_key_value_heads=1, rope_theta=500.0),
+    "rope linear": LLAMA | dict(rope_scaling={"type": "linear", "factor": 4.0}, rope_theta=1000.0),
+    "rope dynamic": LLAMA | dict(rope_parameters={"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1000.0}),
+    "rope llama3": LLAMA | dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=32, rope_theta=100.0)),
+}
+
+
+def random_params(config, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), init(config))
+
+
+def torch_logits(directory, tokens, mask=None):
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    with torch.no_grad():
+        ids, mask = torch.tensor(tokens, dtype=torch.long), None if mask is None else torch.tensor(mask)
+        return model.eval()(ids, attention_mask=mask).logits.float().numpy()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_saved_models_compute_the_same_in_transformers(config, tmp_path):
+    length = 24 if config["model_type"] == "llama" else 16  # beyond LLaMA's nominal context, for dynamic rope
+    params, tokens = random_params(config), np.random.default_rng(1).integers(0, 40, (2, length), np.int32)
+    model = model_of(config, params)
+    save_hf(model, params, tmp_path / "saved")
+    expected = torch_logits(tmp_path / "saved", tokens)
+    np.testing.assert_allclose(jax.jit(model.forward)(params, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ("opt-post-norm", "llama-sharded"))
+def test_padding_beside_transformers(name):
+    model, expected = load(GOLDEN / name), np.load(GOLDEN / name / "expected.npz")
+    tokens, mask = expected["tokens"], expected["mask"]
+    found = np.asarray(jax.jit(model.forward)(model.params, tokens, mask))
+    np.testing.assert_allclose(
+        found[mask == 1], torch_logits(GOLDEN / name, tokens, mask)[mask == 1], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_sharded_half_precision_checkpoint_loads_in_transformers(tmp_path):
+    model = load(GOLDEN / "opt", dtype=np.float16)
+    save_hf(model, model.params, tmp_path / "saved", max_shard_bytes=9000)
+    tokens = np.load(GOLDEN / "opt" / "expected.npz")["tokens"]
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+    assert found.dtype == torch.float16
+    np.testing.assert_allclose(
+        jax.jit(model.forward)(load(tmp_path / "saved").params, tokens),
+        torch_logits(tmp_path / "saved", tokens),
+        rtol=3e-2,
+        atol=3e-2,
+    )
