@@ -6,6 +6,7 @@ from jaxq.fold import FoldError, fold
 from jaxq.formats import Int
 from jaxq.qtensor import InputQuant, QTensor, Quantized
 from jaxq.quantizer import Quantizer, per_channel, per_group, per_tensor, per_token
-from jaxq.steps import chain, partition, quantize, skip
+from jaxq.search import coarse_to_fine, exhaustive
+from jaxq.steps import chain, gamma_migration, os_plus, partition, quantize, skip, smooth_quant
 
 __version__ = "0.1.0"

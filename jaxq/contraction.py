@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxq.formats import Format, fake_quant, grid_from_range
+from jaxq.formats import Format, divide, fake_quant, grid_from_range
 from jaxq.qtensor import Grid, InputQuant, PerGroup, PerToken
 
 
@@ -25,7 +25,7 @@ def transform(x: jax.Array, shift: jax.Array | None, scale: jax.Array | None, ax
     if shift is not None:
         x = x - along(shift, axes, x.ndim).astype(x.dtype)
     if scale is not None:
-        x = x / along(scale, axes, x.ndim).astype(x.dtype)
+        x = divide(x, along(scale, axes, x.ndim).astype(x.dtype))
     return x
 
 

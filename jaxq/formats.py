@@ -78,11 +78,11 @@ def grid_from_range(fmt: Format, low: jax.Array, high: jax.Array) -> tuple[jax.A
     low = jnp.minimum(low.astype(jnp.float32), 0)
     high = jnp.maximum(high.astype(jnp.float32), 0)
     width, steps = (jnp.maximum(-low, high), fmt.qmax) if fmt.symmetric else (high - low, fmt.qmax - fmt.qmin)
-    scale = jnp.maximum(_divide(width, jnp.float32(steps)), SMALLEST_SCALE)
+    scale = jnp.maximum(divide(width, jnp.float32(steps)), SMALLEST_SCALE)
     scale = jnp.where(width == 0, jnp.float32(1), scale)
     if fmt.symmetric:
         return scale, None
-    offset = _divide(low, scale)
+    offset = divide(low, scale)
     straight_through = offset + jax.lax.stop_gradient(jnp.rint(offset) - offset)
     return scale, jnp.clip(fmt.qmin - straight_through, fmt.qmin, fmt.qmax)
 
@@ -134,7 +134,7 @@ def _steps(fmt: Format, x: jax.Array, scale: jax.Array, zero: jax.Array | None) 
 @jax.custom_jvp
 def _snap(x: jax.Array, scale: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """`clip(rint(x / scale), low, high)` with straight-through rounding."""
-    steps = jnp.clip(jnp.rint(_divide(x, scale)), low, high)
+    steps = jnp.clip(jnp.rint(divide(x, scale)), low, high)
     return jnp.where(steps == 0, jnp.float32(0), steps)  # no negative zero: integer codes have none
 
 
@@ -143,18 +143,19 @@ def _snap_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     # By hand, because jnp.clip halves the gradient at its bounds, where all values that round to the last code are.
     x, scale, low, high = primals
     dx, dscale, dlow, dhigh = tangents
-    ratio = _divide(x, scale)
+    ratio = divide(x, scale)
     steps = jnp.rint(ratio)
     clipped = jnp.where(steps < low, dlow, dhigh)
     tangent = jnp.where((steps < low) | (steps > high), clipped, (dx - ratio * dscale) / scale)
     return _snap(x, scale, low, high), tangent
 
 
-def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a / b`, correctly rounded in every context.
+def divide(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a / b`, correctly rounded in every context; equal ranks.
 
-    XLA turns a division by a broadcast or constant into a multiplication by the reciprocal, depending on what it is
-    compiled with. That moves values across rounding ties, so that the codes of the same `x` would differ between
-    eager and jit, or between a scale and its repetition. A divisor that is selected elementwise is left alone.
+    XLA turns a division by a broadcast or constant into a multiplication by the reciprocal, and `(a / b) / c` into
+    `a / (b * c)`, depending on what it is compiled with. That moves values across rounding ties, so that the codes of
+    the same `x` would differ between eager and jit, or between a scale and its repetition. Operands that are selected
+    elementwise are left alone.
     """
-    return a / jnp.where(a == a, b, jnp.float32(1))
+    return jnp.where(b == b, a, b) / jnp.where(a == a, b, jnp.ones_like(b))

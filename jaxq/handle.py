@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxq.contraction import along
 from jaxq.fold import FoldError, absorb
@@ -93,7 +94,21 @@ def _gather(place: Place, plan: GroupPlan) -> Group:
         weights=weights,
         biases=biases,
         objectives=objectives(place, plan),
+        norm_scale=_norm_scale(place, plan),
     )
+
+
+def _norm_scale(place: Place, plan: GroupPlan) -> jax.Array | None:
+    """gamma of the norm that feeds the group, as a per-channel array: what undoes it where it is 1."""
+    edit = plan.fold.gamma
+    if edit is None:
+        return None
+    leaf = jnp.asarray(place.leaves.current[edit.path])
+    return leaf.reshape([plan.x_shape[i] for i in plan.x_axes]) if leaf.size == _channels(plan) else None
+
+
+def _channels(plan: GroupPlan) -> int:
+    return int(np.prod([plan.x_shape[i] for i in plan.x_axes]))
 
 
 @jax.jit

@@ -16,6 +16,9 @@ from jaxq.steps.objective import Consumer, Objective, Objectives, Piece
 if TYPE_CHECKING:
     from jaxq.walk import Place
 
+# Between a group and the next input: attention, or a fused projection cut apart (its pieces meet again).
+MIXING = (*CONTRACTIONS, "split", "slice", "dynamic_slice")
+
 
 def objectives(place: Place, plan: GroupPlan) -> Objectives | None:
     """The objectives of a group of weights; None for attention's operands and look-ups, which have none."""
@@ -33,7 +36,7 @@ def objectives(place: Place, plan: GroupPlan) -> Objectives | None:
     segment = cut(layout.graph, layout.graph.nodes, [target], stop=known)
     members = {m.site.node for m in plan.members}
     between = [op for i, op in zip(segment.nodes, segment.ops, strict=True) if i not in members]
-    mixes = len(members) > 1 or any(op.eqn.primitive.name in CONTRACTIONS for op in between)
+    mixes = len(members) > 1 or any(op.eqn.primitive.name in MIXING for op in between)
     if not members <= set(segment.nodes):
         return Objectives(outputs)
     return Objectives(outputs, _objective(place, plan, segment), mixes)
@@ -68,12 +71,12 @@ def _objective(place: Place, plan: GroupPlan, segment: Segment) -> Objective:
     )
 
 
-def _tokens(place: Place, plan: GroupPlan) -> int:
-    """How many real tokens there are in all microbatches."""
+def _tokens(place: Place, plan: GroupPlan) -> tuple[int, ...]:
+    """How many real tokens there are in each microbatch."""
     if place.walk.masks is not None:
-        return int(sum(np.asarray(place.walk.masks[m]).sum() for m in place.which))
+        return tuple(int(np.asarray(place.walk.masks[m]).sum()) for m in place.which)
     channels = int(np.prod([plan.x_shape[i] for i in plan.x_axes]))
-    return len(place.envs) * int(np.prod(plan.x_shape)) // channels
+    return (int(np.prod(plan.x_shape)) // channels,) * len(place.envs)
 
 
 def _slots(layout: Layout, plan: GroupPlan, segment: Segment) -> tuple[tuple[tuple[str, int], ...], list[int]]:

@@ -36,7 +36,8 @@ class Edit:
 class Fold:
     """Parameters to divide by s and, before that, to subtract z from; None with the reason where there is no way.
 
-    `producer` is "norm", "linear" or None: what makes the activation, whether or not it can take the change.
+    `producer` is "norm", "linear" or None: what makes the activation, whether or not it can take the change; `gamma`
+    is then the norm's scale.
     """
 
     scale: tuple[Edit, ...] | None
@@ -44,6 +45,7 @@ class Fold:
     scale_reason: str = ""
     shift_reason: str = ""
     producer: str | None = None
+    gamma: Edit | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -73,8 +75,13 @@ def find_fold(graph: Graph, x: int, spread: tuple[int, ...], uses: dict[str, int
     shift, why_shift = _attempt(_shift_edits, chase, x, probe, shared)
     loose = Chase(graph, readers, uses, depth, exclusive=False)
     source, _ = _attempt(_scale_edits, loose, x, probe, False)
-    producer = None if source is None else "linear" if any(e.columns for e in source) else "norm"
-    return Fold(scale, shift, why_scale, why_shift, producer)
+    if source is None:
+        return Fold(scale, shift, why_scale, why_shift)
+    if any(e.columns for e in source):
+        return Fold(scale, shift, why_scale, why_shift, "linear")
+    beta, _ = _attempt(_shift_edits, loose, x, probe, False)
+    gamma = next((e for e in source if e.path not in {b.path for b in beta or ()}), None)
+    return Fold(scale, shift, why_scale, why_shift, "norm", gamma)
 
 
 def _attempt(query, chase: Chase, x: int, probe: np.ndarray, shared: bool) -> tuple[tuple[Edit, ...] | None, str]:

@@ -15,7 +15,7 @@ from jaxq.program.groups import GroupPlan, Member
 from jaxq.program.views import look, pull
 from jaxq.qtensor import Grid, QTensor, is_qtensor
 from jaxq.quantizer import Quantizer
-from jaxq.steps.objective import Objectives
+from jaxq.steps.objective import Numbers, Objective, Objectives
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Group:
       shift, scale: the equivalent transform so far, of the shape of x's channel axes; x = (x_0 - shift) / scale.
       output_bias: what sites without a bias must add at run time, in the layout of their output.
       grid: the static grid of the input, once found.
-      objectives: the pieces of program in which a search can measure its error.
+      objectives: the pieces of program in which a search can measure its error; None where there are none.
+      norm_scale: the scale parameter of the norm that feeds the group, of the shape of x's channel axes, if any.
       log: what steps want to report (arrays and numbers), by name.
     """
 
@@ -52,7 +53,8 @@ class Group:
     token_axes: tuple[int, ...]
     weights: dict[str, Any]
     biases: dict[str, jax.Array]
-    objectives: Objectives
+    objectives: Objectives | None
+    norm_scale: jax.Array | None = None
     shift: jax.Array | None = None
     scale: jax.Array | None = None
     output_bias: dict[str, jax.Array] = field(default_factory=dict)
@@ -173,6 +175,36 @@ def tokens_of(
         return tokens, None
     shape = [x.shape[i] if i in axes else 1 for i in range(x.ndim)]
     return tokens, jnp.broadcast_to(valid, shape).transpose([*axes, *rest]).reshape(count)
+
+
+def first_batches(group: Group, count: int | None) -> Group:
+    """The group with its first microbatches only."""
+    return group if count is None else replace(group, x=group.x[:count], valid=group.valid[:count])
+
+
+def numbers_of(group: Group, objective: Objective, m: int) -> Numbers:
+    """What an objective is replayed on, for one microbatch, with the group as transformed so far."""
+    paths = [member.site.path for member in group.plan.members]
+    return Numbers(
+        group.x[m],
+        tuple(group.weights[p] for p in paths),
+        tuple(group.biases.get(p) for p in paths),
+        tuple(group.output_bias.get(p) for p in paths),
+        objective.others[m],
+    )
+
+
+def weight_range(group: Group) -> jax.Array:
+    """max |W_c| over all consumers, of the shape of x's channel axes."""
+    found = []
+    for member in group.plan.members:
+        site = member.site
+        assert site.ref is not None
+        seen = jnp.abs(look(site.ref.views, group.weights[site.path]).astype(jnp.float32))
+        axes = site.operands.w_axes
+        most = seen.max(tuple(i for i in range(seen.ndim) if i not in axes))
+        found.append(most.transpose([sorted(axes).index(a) for a in axes]))
+    return jnp.stack(found).max(0)
 
 
 def encoded(group: Group, weights: dict[str, QTensor]) -> Group:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.contraction import along, quantize_activation
+from jaxq.contraction import along, quantize_activation, transform
 from jaxq.formats import grid_from_range
 from jaxq.program._compat import bind
 from jaxq.program.segments import Segment, evaluate
@@ -44,12 +44,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Objective:
-    """A piece with the other values that it reads, and the real tokens of its outputs, for each microbatch."""
+    """A piece with, for each microbatch, the other values that it reads, the real tokens of its outputs and how many
+    they are."""
 
     piece: Piece
     others: tuple[tuple[Any, ...], ...]
     valid: tuple[tuple[jax.Array | None, ...], ...]
-    tokens: int
+    tokens: tuple[int, ...]
+
+    def tokens_in(self, count: int) -> int:
+        return sum(self.tokens[:count])
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def scaled_and_quantized(
     limit: jax.Array,
 ) -> Numbers:
     """Qa(X / s) and Qw(diag(s) W) (OS+, eq. 6). A static grid spans `[-limit, limit]`."""
-    x = numbers.x / along(s, piece.x_axes, numbers.x.ndim).astype(numbers.x.dtype)
+    x = transform(numbers.x, None, s, piece.x_axes)
     if activations is not None:
         grid = None
         if not activations.dynamic:

@@ -71,7 +71,8 @@ class TestLoad:
         for asked, expected in ((None, np.float32), (stored, stored)):
             half = load(tmp_path / "half", dtype=asked)
             assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {np.dtype(expected)}
-            assert half.forward(half.params, tokens).dtype == expected
+            with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix float32 statistics into half precision
+                assert half.forward(half.params, tokens).dtype == expected
         assert not any(leaf.flags.owndata for leaf in jax.tree.leaves(half.params))
 
     @pytest.mark.parametrize("prefix", ("", "decoder."))
