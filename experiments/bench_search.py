@@ -86,9 +86,15 @@ def torch_search(F, x, w, b, grid, bits, recipe):
     return int(losses.argmin()), losses
 
 
+def kept(group: Group) -> Group:
+    """The group with its objectives cut now: later the walk has moved on."""
+    pieces = group.objectives
+    return replace(group, find_objectives=lambda: pieces)
+
+
 def capture(forward, params, x, recipe: Step) -> Group:
     seen: list[Group] = []
-    keep = Step(touch(lambda plan: plan.name == "w"), lambda group: seen.append(group) or group)
+    keep = Step(touch(lambda plan: plan.name == "w"), lambda group: seen.append(kept(group)) or group)
     jaxq.calibrate(forward, params, [x], jaxq.chain(keep, jaxq.partition({"w": recipe})))
     return seen[0]
 
@@ -125,7 +131,6 @@ def main() -> None:
         tx, tw, tb = map(torch.from_numpy, (x, w, b))
         for setting, (bits, recipe) in RECIPES.items():
             group = capture(forward, params, jnp.asarray(x), recipe)
-            group = replace(group, log={})
             low, high = channel_range(group)
             grid = thresholds(low, high, 1.0, 100)
             objective = as_the_paper(group.objectives)

@@ -7,6 +7,7 @@ from jaxq.formats import Int
 from jaxq.qtensor import InputQuant, QTensor, Quantized
 from jaxq.quantizer import Quantizer, per_channel, per_group, per_tensor, per_token
 from jaxq.search import coarse_to_fine, exhaustive
+from jaxq.sites import SiteRow, Sites, sites
 from jaxq.steps import chain, gamma_migration, os_plus, partition, quantize, skip, smooth_quant
 
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ from jaxq.program.tokens import Labels, label
 from jaxq.program.trace import Program, named_leaves, replace_leaves, trace
 from jaxq.qtensor import Quantized
 from jaxq.steps.group import Group, Step
-from jaxq.walk import Found, Leaves, Place, Walk, walk_graph
+from jaxq.walk import Found, Leaves, Place, Walk, walk_groups
 
 Batch = Any
 
@@ -66,7 +66,7 @@ def calibrate(
         on_group or (lambda _: None),
     )
     place = Place(walk, program.layout, envs, labels, Leaves(leaves, dict(leaves)), Found(), tuple(range(len(envs))))
-    walk_graph(place, bodies)
+    walk_groups(place, bodies, outputs=())
     changed = {p: x for p, x in place.leaves.current.items() if x is not leaves[p]}
     return Quantized(replace_leaves(params, changed), place.found.inputs, place.found.transforms)
 
@@ -75,7 +75,10 @@ def _check(batches: list[Any], masks: Sequence[Any] | None) -> None:
     if not batches:
         raise ValueError("calibrate: no batches; give at least one")
     shapes = [[(np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tuple(b))] for b in batches]
+    trees = [jax.tree.structure(tuple(b)) for b in batches]
     for i, found in enumerate(shapes):
+        if trees[i] != trees[0]:
+            raise ValueError(f"calibrate: batch {i} has the structure {trees[i]}, batch 0 has {trees[0]}")
         if any(0 in shape for shape, _ in found):
             raise ValueError(f"calibrate: batch {i} is empty: its inputs have shapes {[s for s, _ in found]}")
         if found != shapes[0]:

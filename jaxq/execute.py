@@ -13,7 +13,7 @@ from jax import lax
 from jaxq.contraction import apply_input
 from jaxq.program import _compat
 from jaxq.program.graph import Node
-from jaxq.program.groups import GroupPlan, Layout
+from jaxq.program.groups import GroupPlan, Layout, skipped_in
 from jaxq.program.trace import Program, abstract, trace
 from jaxq.qtensor import InputQuant, Quantized, is_qtensor, logical
 
@@ -57,10 +57,21 @@ def execute(forward: Callable) -> Callable:
         program = _cached(programs, forward, quantized.params, inputs)
         leaves = jax.tree.leaves(logical(quantized.params)) + jax.tree.leaves(inputs)
         plan = make_plan(program.layout, quantized.inputs)
+        _check_left_out(program.layout, quantized.inputs)
         outs = interpret(program.closed, leaves, plan, quantized.inputs)
         return jax.tree.unflatten(program.out_tree, outs)
 
     return run
+
+
+def _check_left_out(layout: Layout, inputs: dict[str, InputQuant]) -> None:
+    """A weight whose input is quantized must not go unquantized here only because it is read in another way."""
+    parts = layout.all()
+    found = {site for part in parts for group in part.groups for site in group.sites}
+    wanted = {site for quant in inputs.values() for site in quant.sites} - found
+    for row in skipped_in(layout) if wanted else []:
+        if lost := wanted.intersection(row.path.split(", ")):
+            raise ValueError(f"{min(lost)}: its input was calibrated to be quantized, but in this function {row.reason}")
 
 
 def _cached(programs: dict, forward: Callable, params: Any, inputs: tuple) -> Program:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -50,6 +51,18 @@ def absorb(plan: GroupPlan, leaves: Leaves, transform: Transform) -> tuple[Leave
     return changed, Transform(z, s)
 
 
+def rescaled(plan: GroupPlan, transform: Transform, inputs: dict[str, InputQuant]) -> dict[str, InputQuant]:
+    """The earlier inputs whose run-time output bias goes with columns that `absorb` divided."""
+    changed = {}
+    for edit in (plan.fold.scale or ()) if transform.scale is not None else ():
+        for name, quant in inputs.items():
+            if edit.columns and edit.path in quant.bias:
+                s = pull(edit.to_output, along(transform.scale, plan.x_axes, len(plan.x_shape)))
+                bias = {**quant.bias, edit.path: quant.bias[edit.path] / s.astype(quant.bias[edit.path].dtype)}
+                changed[name] = replace(quant, bias=bias)
+    return changed
+
+
 def fold(forward: Callable, params: Any, transforms: dict[str, Transform], *inputs: Any) -> Quantized:
     """Applies equivalent transforms to full-precision parameters (law 1: the function stays the same).
 
@@ -63,12 +76,15 @@ def fold(forward: Callable, params: Any, transforms: dict[str, Transform], *inpu
       be folded, i.e. where `inputs` is empty; `inputs` holds what is left to do at run time, for `execute`.
 
     Raises:
-      ValueError: a transform's group is not in the program.
+      ValueError: a transform's group is not in the program, or its weights serve elsewhere too.
     """
     program = trace(forward, params, *inputs)
-    known = {g.name for layout in program.layout.all() for g in layout.groups}
-    if missing := sorted(set(transforms) - known):
-        raise ValueError(f"no group {missing[0]!r} in this program; it has {sorted(known)[:5]} ...")
+    known = {g.name: g for layout in program.layout.all() for g in layout.groups if g.kind != "lookup"}
+    for name in transforms:
+        if name not in known:
+            raise ValueError(f"no group {name!r} in this program; it has {sorted(known)[:5]} ...")
+        if known[name].shared:
+            raise ValueError(f"{name}: its transform cannot go into the weights: {known[name].shared}")
     leaves = dict(named_leaves(params))
     found: dict[str, InputQuant] = {}
     changed = _fold_layout(program.layout, leaves, transforms, found)
@@ -82,6 +98,7 @@ def _fold_layout(layout: Layout, leaves: Leaves, transforms: dict[str, Transform
             current = {**leaves, **changed}
             new, quant = fold_group(group, current, transforms[group.name])
             changed.update(new)
+            found.update(rescaled(group, transforms[group.name], found))
             if quant is not None:
                 found[group.name] = quant
     for (index, _), body in layout.bodies.items():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.contraction import along
-from jaxq.fold import FoldError, absorb
+from jaxq.contraction import transform
+from jaxq.fold import FoldError, absorb, rescaled
 from jaxq.pieces import objectives
 from jaxq.program.groups import GroupPlan
 from jaxq.program.segments import run
@@ -56,16 +57,17 @@ def handle(place: Place, plan: GroupPlan) -> Handled:
             place.leaves.current[_leaf(path)] = group.weights[path]
         if member.bias is not None:
             place.leaves.current[member.bias.path] = group.biases[path]
-    transform = None
+    whole = None
     left = quant
     if group.shift is not None or group.scale is not None:
-        transform = Transform(group.shift, group.scale)
-        rest, error = _fold(place, plan, transform)
+        whole = Transform(group.shift, group.scale)
+        rest, error = _fold(place, plan, whole)
         left = replace(quant, shift=rest.shift, scale=rest.scale)
+        place.found.inputs.update(rescaled(plan, whole, place.found.inputs))
         group = group.noted(fold_error=error, folded=rest.shift is None and rest.scale is None)
     place.walk.on_group(group)
     idle = left.format is None and left.shift is None and left.scale is None and not left.bias
-    return Handled(plan, quant, None if idle else left, transform)
+    return Handled(plan, quant, None if idle else left, whole)
 
 
 def _leaf(site_path: str) -> str:
@@ -93,7 +95,7 @@ def _gather(place: Place, plan: GroupPlan) -> Group:
         token_axes=tuple(i for i, name in enumerate(labels) if name),
         weights=weights,
         biases=biases,
-        objectives=objectives(place, plan),
+        find_objectives=lambda: objectives(place, plan),
         norm_scale=_norm_scale(place, plan),
     )
 
@@ -111,28 +113,32 @@ def _channels(plan: GroupPlan) -> int:
     return int(np.prod([plan.x_shape[i] for i in plan.x_axes]))
 
 
-@jax.jit
-def _finite(arrays: Any) -> jax.Array:
-    return jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(arrays)])
+_finite_on_device = jax.jit(lambda a: jnp.isfinite(a).all())
+
+
+def _finite(a: Any) -> bool:
+    """Whether all values are finite; on the host by numpy, which has nothing to compile."""
+    on_host = not isinstance(a, jax.Array) or all(d.platform == "cpu" for d in a.devices())
+    return bool(np.isfinite(np.asarray(a)).all() if on_host else _finite_on_device(a))
 
 
 def _check_finite(group: Group) -> None:
     for path, w in group.weights.items():
-        if not isinstance(w, QTensor) and not bool(_finite([w]).all()):
+        if not isinstance(w, QTensor) and not _finite(w):
             raise ValueError(f"{path}: the weight has NaN or infinite values; the checkpoint is damaged")
-    if group.x and not bool((flags := _finite(group.x)).all()):
-        bad = [i for i, ok in enumerate(flags.tolist()) if not ok]
-        raise ValueError(
-            f"{group.plan.name}: the activation it reads has NaN or infinite values in batch {bad[0]}; "
-            "check the inputs, and the compute dtype for overflow"
-        )
+    for i, x in enumerate(group.x):
+        if not _finite(x):
+            raise ValueError(
+                f"{group.plan.name}: the activation it reads has NaN or infinite values in batch {i}; "
+                "check the inputs, and the compute dtype for overflow"
+            )
 
 
-def _fold(place: Place, plan: GroupPlan, transform: Transform) -> tuple[Transform, float]:
+def _fold(place: Place, plan: GroupPlan, whole: Transform) -> tuple[Transform, float]:
     """Writes a transform into the producer and proves it: the producer, run again, gives the transformed activation."""
     from jaxq.walk import producing
 
-    changed, rest = absorb(plan, place.leaves.current, transform)
+    changed, rest = absorb(plan, place.leaves.current, whole)
     if not changed:
         return rest, 0.0
     segment = producing(place.layout, plan)
@@ -143,19 +149,17 @@ def _fold(place: Place, plan: GroupPlan, transform: Transform) -> tuple[Transfor
     before = produce()
     place.leaves.current.update(changed)
     after = produce()
-    error = _fold_error(plan, transform, rest, before, after)
+    error = float(_fold_error(plan.x_axes, whole, rest, before, after))
     limit = TOLERANCE.get(str(before.dtype), 1e-3)
     if not error <= limit:
         raise FoldError(f"{plan.name}: folding into {', '.join(changed)} changed the activation by {error:.2g} of its size")
     return rest, error
 
 
-def _fold_error(plan: GroupPlan, t: Transform, rest: Transform, before: jax.Array, after: jax.Array) -> float:
+@partial(jax.jit, static_argnums=0)
+def _fold_error(
+    axes: tuple[int, ...], whole: Transform, rest: Transform, before: jax.Array, after: jax.Array
+) -> jax.Array:
     """The relative difference of x' computed before the fold and after it (with what is left at run time)."""
-
-    def apply(x: jax.Array, by: Transform) -> jax.Array:
-        x = x if by.shift is None else x - along(by.shift, plan.x_axes, x.ndim).astype(x.dtype)
-        return x if by.scale is None else x / along(by.scale, plan.x_axes, x.ndim).astype(x.dtype)
-
-    want, got = apply(before, t), apply(after, rest)
-    return float(jnp.abs(want - got).max() / jnp.maximum(jnp.abs(want).max(), jnp.finfo(want.dtype).tiny))
+    want, got = transform(before, whole.shift, whole.scale, axes), transform(after, rest.shift, rest.scale, axes)
+    return jnp.abs(want - got).max() / jnp.maximum(jnp.abs(want).max(), jnp.finfo(want.dtype).tiny)

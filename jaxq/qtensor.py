@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import json
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.export import register_pytree_node_serialization
 
 from jaxq.formats import Format, decode, encode
 
@@ -34,11 +37,44 @@ class PerGroup:
 
 
 Granularity = PerTensor | PerChannel | PerToken | PerGroup
+FORMATS: tuple[type, ...] = get_args(Format) or (Format,)
 
 
 def pytree(cls: type) -> type:
-    """A frozen dataclass as a pytree; fields with `metadata={"static": True}` are part of the tree's structure."""
-    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
+    """A frozen dataclass as a pytree, which `jax.export` can serialize too; fields with `metadata={"static": True}` are
+    part of the tree's structure."""
+    cls = jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
+    return register_pytree_node_serialization(
+        cls,
+        serialized_name=f"jaxq.{cls.__name__}",
+        serialize_auxdata=lambda statics: json.dumps([_described(value) for value in statics]).encode(),
+        deserialize_auxdata=lambda text: tuple(_restored(value) for value in json.loads(text)),
+        from_children=partial(_with_children, cls),
+    )
+
+
+def _described(value: Any) -> Any:
+    """A static field as JSON: a format or granularity by its name and fields, a dtype, a tuple of paths, None."""
+    if isinstance(value, get_args(Granularity) + FORMATS):
+        return {"type": type(value).__name__, "fields": asdict(value)}
+    if value is None or isinstance(value, tuple):
+        return value
+    return {"dtype": jnp.dtype(value).name}
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    if value is None or "dtype" in value:
+        return value and jnp.dtype(value["dtype"])
+    known = {cls.__name__: cls for cls in get_args(Granularity) + FORMATS}
+    return known[value["type"]](**value["fields"])
+
+
+def _with_children(cls: type, statics: tuple, children: tuple) -> Any:
+    names = [f.name for f in fields(cls) if not f.metadata.get("static")]
+    fixed = [f.name for f in fields(cls) if f.metadata.get("static")]
+    return cls(**dict(zip(names, children)), **dict(zip(fixed, statics)))
 
 
 def static(**kwargs: Any) -> Any:

@@ -23,6 +23,10 @@ from jaxq.yaml_file import read_yaml
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
+# Which inputs are scaled: those that a norm makes, or also those that an earlier layer's columns do (down projections).
+MigratedGroups = Literal["norms", "foldable"]
+# A model has one or the other: a head of its own, or one tied to its embedding.
+HEAD_NAMES = ("lm_head/*", "embed*")
 
 
 class Part(BaseModel):
@@ -39,11 +43,13 @@ class OSPlus(Part):
     candidates: PositiveInt = 100
     search: Literal["exhaustive", "fast"] = "exhaustive"
     shift: bool = True
+    groups: MigratedGroups = "norms"
 
 
 class SmoothQuant(Part):
     name: Literal["smooth_quant"]
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    groups: MigratedGroups = "norms"
 
 
 class PlainMethod(Part):
@@ -144,7 +150,7 @@ class RecipeFile(Part):
     weights: Weights | None
     activations: Activations | None
     attention: Activations | None = None
-    skip: list[str] = ["lm_head/*", "embed*"]
+    skip: list[str] = list(HEAD_NAMES)
     calibration: Calibration = Calibration()
 
 

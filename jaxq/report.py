@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from time import monotonic
 from typing import TypeVar
 
@@ -11,6 +12,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 T = TypeVar("T")
+
+
+def console(width: int | None = None) -> Console:
+    """Standard output; `width` is what is printed where that is not a terminal."""
+    found = Console()
+    return found if width is None or found.is_terminal else Console(width=width)
+
+
+def say(text: str) -> None:
+    """A line of plain text; whatever it names is printed as it is, and not broken."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def cell(value: object) -> str:
@@ -38,24 +50,36 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     return result
 
 
+@contextmanager
+def counting(
+    description: str, total: int | None = None, console: Console | None = None
+) -> Iterator[Callable[[], None]]:
+    """A progress bar for work that calls back: gives a function to call after each item. Off a terminal it is a line
+    at the start and one at the end."""
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield from _lines(description, total, console)
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda: bar.advance(task)
+
+
 def progress(
     iterable: Iterable[T], description: str, total: int | None = None, console: Console | None = None
 ) -> Iterator[T]:
     """Yields from `iterable` under a progress bar; off a terminal, a line at the start and one at the end."""
-    console = console or Console(stderr=True)
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
-    if not console.is_terminal:
-        yield from _lines(iterable, description, total, console)
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        yield from bar.track(iterable, total=total, description=description)
+    with counting(description, total, console) as advance:
+        for item in iterable:
+            yield item
+            advance()
 
 
-def _lines(iterable: Iterable[T], description: str, total: int | None, console: Console) -> Iterator[T]:
-    start, count = monotonic(), 0
+def _lines(description: str, total: int | None, console: Console) -> Iterator[Callable[[], None]]:
+    start, done = monotonic(), []
     console.print(f"{description} ..." if total is None else f"{description}: {total} ...", markup=False)
-    for count, item in enumerate(iterable, 1):  # noqa: B007
-        yield item
-    console.print(f"{description}: {count} done in {monotonic() - start:.1f} s", markup=False)
+    yield lambda: done.append(None)
+    console.print(f"{description}: {len(done)} done in {monotonic() - start:.1f} s", markup=False)

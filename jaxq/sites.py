@@ -104,7 +104,7 @@ def _paths(edits: tuple[Edit, ...] | None) -> tuple[str, ...]:
 
 
 def _unread(program: Program, layouts: list[Layout], known: set[str]) -> Iterator[SiteRow]:
-    """Matrices that no site reads: used in another way, or not at all. They stay as they are, and the report says so."""
+    """Matrices that no site reads: used in another way, or not at all. They stay as they are."""
     read = {path.partition("#")[0] for path in known}
     shapes = {path: shape for layout in layouts for path, shape in layout.graph.leaf_shapes.items()}
     for path in program.paths:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -23,18 +24,31 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxq.formats import Format
-from jaxq.qtensor import Granularity, Grid, InputQuant, QTensor, Quantized
+from jaxq.qtensor import Granularity, Grid, InputQuant, QTensor, Quantized, Transform
 
 VERSION = 1
 STRUCTURE, ARRAYS = "jaxq.json", "arrays"
 RECORDS = {
     cls.__name__: cls
-    for cls in (Quantized, InputQuant, QTensor, Grid, *get_args(Granularity), *(get_args(Format) or (Format,)))
+    for cls in (
+        Quantized,
+        InputQuant,
+        QTensor,
+        Grid,
+        Transform,
+        *get_args(Granularity),
+        *(get_args(Format) or (Format,)),
+    )
 }
 
 
-def save(path: str | os.PathLike[str], quantized: Quantized, about: dict[str, Any]) -> None:
-    """Writes the directory `path`, all of it or none of it.
+def save(
+    path: str | os.PathLike[str],
+    quantized: Quantized,
+    about: dict[str, Any],
+    also: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Writes the directory `path`, all of it or none of it; `also(folder)` may put further files into it.
 
     `quantized.params` is made of dicts with str or int keys, lists, tuples, arrays and QTensors. `about` is whatever
     JSON can say of the model (recipe, source, measurements). Raises FileExistsError where `path` exists and ValueError,
@@ -53,6 +67,7 @@ def save(path: str | os.PathLike[str], quantized: Quantized, about: dict[str, An
         (aside / STRUCTURE).write_text(text, "utf-8")
         if arrays:
             ocp.save(str(aside / ARRAYS), arrays)
+        also(aside)
         os.rename(aside, path)
     except BaseException:  # also an interrupt: whatever ends the save, nothing half-written stays
         shutil.rmtree(aside, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,13 +15,13 @@ from jaxq.contraction import apply_input
 from jaxq.fold import stack_layers
 from jaxq.handle import Handled, handle
 from jaxq.program import _compat
-from jaxq.program.graph import Node
+from jaxq.program.graph import Node, Operand
 from jaxq.program.groups import GroupPlan, Layout
 from jaxq.program.reach import depends_on, view_nodes
 from jaxq.program.segments import Segment, cut, evaluate
 from jaxq.program.tokens import Labels, label
 from jaxq.program.views import look
-from jaxq.qtensor import InputQuant, QTensor, Transform
+from jaxq.qtensor import InputQuant, QTensor, Transform, logical
 from jaxq.steps.group import Group, Spec, Step
 
 Env = dict[int, Any]
@@ -90,12 +90,14 @@ class Place:
     running: dict[int, list[Handled]] = field(default_factory=lambda: defaultdict(list))  # by the member's node
 
     def value(self, v: int, m: int, original: bool = False) -> Any:
-        """A value of microbatch `m`; parameters are read when they are asked for."""
+        """A value of microbatch `m`; parameters are read when they are asked for, as `QTensor` where they are one."""
         graph = self.layout.graph
         if v in graph.refs:
             ref = graph.refs[v]
             leaf = (self.leaves.original if original else self.leaves.current)[ref.path]
-            return look(ref.views, leaf.dequantize() if isinstance(leaf, QTensor) else jnp.asarray(leaf))
+            if isinstance(leaf, QTensor):
+                return look(ref.views, leaf.dequantize()) if ref.views else leaf
+            return look(ref.views, jnp.asarray(leaf))
         if v in graph.consts:
             return graph.consts[v]
         return self.envs[m][v]
@@ -103,11 +105,24 @@ class Place:
 
 def walk_graph(place: Place, bodies: dict[int, list[Labels]]) -> list[list[Any]]:
     """Walks one graph to its end; returns its outputs for each microbatch."""
+    walk_groups(place, bodies, place.layout.graph.outputs)
+    return [
+        [v.value if not isinstance(v, int) else array_of(place.value(v, m)) for v in place.layout.graph.outputs]
+        for m in range(len(place.envs))
+    ]
+
+
+def array_of(value: Any) -> Any:
+    return value.dequantize() if isinstance(value, QTensor) else value
+
+
+def walk_groups(place: Place, bodies: dict[int, list[Labels]], outputs: Sequence[Operand]) -> None:
+    """Walks one graph as far as its last group, or as `outputs` are known."""
     graph, walk = place.layout.graph, place.walk
     starts = defaultdict(list)
     for plan in touched(walk, place.layout):
         starts[plan.start].append(plan)
-    last_use = _last_use(place, starts)
+    last_use = _last_use(place, starts, outputs)
     pending: list[Node] = []
     for node in graph.nodes:
         if node.index in starts:
@@ -121,13 +136,9 @@ def walk_graph(place: Place, bodies: dict[int, list[Labels]]) -> list[list[Any]]
         else:
             pending.append(node)
     _flush(place, pending, last_use)
-    return [
-        [v.value if not isinstance(v, int) else place.value(v, m) for v in graph.outputs]
-        for m in range(len(place.envs))
-    ]
 
 
-def _last_use(place: Place, starts: dict[int, list[GroupPlan]]) -> dict[int, int]:
+def _last_use(place: Place, starts: dict[int, list[GroupPlan]], outputs: Sequence[Operand]) -> dict[int, int]:
     """The last node that needs each value; a fold's proof needs what its producer reads until the group is reached."""
     graph = place.layout.graph
     last: dict[int, int] = {}
@@ -137,7 +148,7 @@ def _last_use(place: Place, starts: dict[int, list[GroupPlan]]) -> dict[int, int
         for plan in plans:
             for v in producing(place.layout, plan).reads if plan.fold.paths else ():
                 last[v] = max(last.get(v, 0), at)
-    last.update((v, len(graph.nodes)) for v in graph.outputs if isinstance(v, int))
+    last.update((v, len(graph.nodes)) for v in outputs if isinstance(v, int))
     return last
 
 
@@ -191,7 +202,7 @@ def _run(segment: Segment, where: tuple, values: list, quants: list, biases: lis
     changes: dict[int, Callable] = {}
     for (op, side, axes), quant, bias in zip(where, quants, biases):
         changes[op] = partial(_quantized, changes.get(op, _compat.bind), side, axes, quant, bias)
-    return evaluate(segment, values, changes)
+    return evaluate(segment, logical(values), changes)
 
 
 def _quantized(then: Callable, side: int, axes: tuple, quant: InputQuant, bias: Any, eqn: Any, args: list) -> list:
@@ -236,6 +247,7 @@ def _scan(place: Place, node: Node, labels: list[Labels]) -> None:
     per_layer: dict[int, tuple[Found, dict[str, Any], list[list[Any]]]] = {}
     for i in order:
         leaves, found = place.leaves.layer(stacked, i), Found()
+        before = dict(leaves.current)
         envs = []
         for ops, carry in zip(operands, carries, strict=True):
             xs = [None if a is None else a[i] for a in ops[outside:]]
@@ -244,7 +256,7 @@ def _scan(place: Place, node: Node, labels: list[Labels]) -> None:
         outs = walk_graph(replace(place, layout=body, envs=envs, labels=inner, leaves=leaves, found=found,
                                   running=defaultdict(list)), bodies)
         carries = [out[: split.carry] for out in outs]
-        changed = {p: leaves.current[p] for p in stacked if leaves.current[p] is not None}
+        changed = {p: leaves.current[p] for p in stacked if leaves.current[p] is not before[p]}
         place.leaves.current.update({p: x for p, x in leaves.current.items() if p not in stacked})
         per_layer[i] = found, changed, [out[split.carry :] for out in outs]
     _stack(place, node, [per_layer[i] for i in range(length)], carries)
@@ -263,19 +275,13 @@ def _env(body: Layout, values: list[Any]) -> Env:
 
 def _stack(place: Place, node: Node, layers: list[tuple[Found, dict, list]], carries: list[list[Any]]) -> None:
     founds, leaves, ys = zip(*layers)
-    before = {p: place.leaves.current[p] for p in leaves[0]}
     for path in leaves[0]:
-        if any(_differs(before[path], layer[path], i) for i, layer in enumerate(leaves)):
-            place.leaves.current[path] = stack_layers([layer[path] for layer in leaves])
+        place.leaves.current[path] = stack_layers([layer[path] for layer in leaves])
     place.found.inputs.update(stack_layers([f.inputs for f in founds]))
     place.found.transforms.update(stack_layers([f.transforms for f in founds]))
     for m, env in enumerate(place.envs):
         stacked = [jnp.stack(list(y)) for y in zip(*(layer[m] for layer in ys))]
         env.update(zip(node.outs, [*carries[m], *stacked], strict=True))
-
-
-def _differs(before: Any, layer: Any, i: int) -> bool:
-    return isinstance(layer, QTensor) or isinstance(before, QTensor) or not jnp.array_equal(before[i], layer)
 
 
 def _cond(place: Place, node: Node, labels: list[Labels]) -> None:

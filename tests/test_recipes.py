@@ -50,7 +50,8 @@ def test_name_and_content_agree(name):
     observer = recipe.activations.observer
     assert (observer.percentile if isinstance(observer, TokenQuantile) else None) == clip
     if isinstance(recipe.method, OSPlus):
-        assert (recipe.method.shift, recipe.method.lower) == ((False, 0.1) if said["llama"] else (True, 1.0))
+        found = recipe.method.shift, recipe.method.lower, recipe.method.groups
+        assert found == ((False, 0.1, "foldable") if said["llama"] else (True, 1.0, "norms"))
     assert ("*/down/*" in recipe.skip) == bool(said["no_down"])
     per_token = Activations(bits=recipe.activations.bits, symmetric=int8, granularity="token")
     assert recipe.attention == ((per_token if said["group"] else recipe.activations) if said["attention"] else None)

@@ -45,7 +45,8 @@ def model_of(config: Mapping[str, Any], params: Params, tokenizer: Any = None, n
 
 def init(config: Mapping[str, Any], seed: int = 0) -> Params:
     """Fresh float32 parameters for a configuration, drawn by Flax's initialisers; ValueError as for ``model_of``."""
-    return nnx.to_pure_dict(nnx.state(_module(config, "config")(nnx.Rngs(seed))))
+    module = _module(config, "config")
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(module(nnx.Rngs(seed)))))()  # one compilation, not one a leaf
 
 
 def build(config: Mapping[str, Any], source: str) -> tuple[str, Forward, Params]:

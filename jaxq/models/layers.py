@@ -1,9 +1,10 @@
-"""What the models share: activation functions, and causal attention written as the two contractions it is."""
+"""What the models share: tables, activation functions, and causal attention as the two contractions it is."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -19,6 +20,21 @@ def activation(config: dict, key: str) -> Callable[[jax.Array], jax.Array]:
     if config[key] not in ACTIVATIONS:
         raise ValueError(f"config.json: {key} {config[key]!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[config[key]]
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, used in the type its parameter has (``nnx.Embed`` keeps the type it was built with)."""
+
+    def __init__(self, count: int, width: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (count, width)))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Integers of any shape -> their rows, ``[..., width]``; an id outside the table yields NaN."""
+        return jnp.take(self.embedding[...], ids, axis=0)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """The table as a tied head: ``[..., width] -> [..., count]``."""
+        return x @ self.embedding[...].T
 
 
 def causal_bias(length: int, mask: jax.Array | None, dtype: jnp.dtype) -> jax.Array:

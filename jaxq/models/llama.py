@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxq.models.layers import activation, attend, causal_bias
+from jaxq.models.layers import Embedding, activation, attend, causal_bias
 
 DEFAULTS = {
     "attention_bias": False,
@@ -138,7 +138,7 @@ class CausalLM(nnx.Module):
         config = DEFAULTS | config
         width = config["hidden_size"]
         self.rope, self.max_length = nnx.static(rope(config)), config["max_position_embeddings"]
-        self.embed = nnx.Embed(config["vocab_size"], width, rngs=rngs)
+        self.embed = Embedding(config["vocab_size"], width, rngs=rngs)
         self.layers = nnx.List([Layer(config, rngs) for _ in range(config["num_hidden_layers"])])
         self.final_norm = nnx.RMSNorm(width, epsilon=config["rms_norm_eps"], rngs=rngs)
         tied = config["tie_word_embeddings"]

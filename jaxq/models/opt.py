@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxq.models.layers import activation, attend, causal_bias
+from jaxq.models.layers import Embedding, activation, attend, causal_bias
 
 DEFAULTS = {
     "activation_function": "relu",
@@ -103,8 +103,8 @@ class CausalLM(nnx.Module):
         width = config["hidden_size"]
         outer = config.get("word_embed_proj_dim") or width
         self.max_length = config["max_position_embeddings"]
-        self.embed = nnx.Embed(config["vocab_size"], outer, rngs=rngs)
-        self.positions = nnx.Embed(self.max_length + POSITION_OFFSET, width, rngs=rngs)
+        self.embed = Embedding(config["vocab_size"], outer, rngs=rngs)
+        self.positions = Embedding(self.max_length + POSITION_OFFSET, width, rngs=rngs)
         self.project_in = nnx.Linear(outer, width, use_bias=False, rngs=rngs) if outer != width else None
         self.layers = nnx.List([Layer(config, rngs) for _ in range(config["num_hidden_layers"])])
         has_final_norm = config["do_layer_norm_before"] and not config["_remove_final_layer_norm"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend import core
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
@@ -19,6 +20,19 @@ class ScanSplit(NamedTuple):
 
     consts: int
     carry: int
+
+
+def shape_of(array: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+    """The shape of an array, as one of `dtype`; under a mesh, with what its type says of the mesh."""
+    if not isinstance(array, jax.Array):
+        return jax.ShapeDtypeStruct(array.shape, dtype)
+    aval = jax.typeof(array)
+    weak = getattr(aval, "weak_type", False) and aval.dtype == dtype
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    if mesh is None or mesh.empty:
+        return jax.ShapeDtypeStruct(aval.shape, dtype, weak_type=weak)
+    manual = aval.manual_axis_type
+    return jax.ShapeDtypeStruct(aval.shape, dtype, weak_type=weak, sharding=aval.sharding, manual_axis_type=manual)
 
 
 def is_literal(atom: Any) -> bool:

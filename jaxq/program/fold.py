@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -30,6 +31,11 @@ class Edit:
     def columns(self) -> bool:
         """The leaf is an earlier contraction's weight (or its bias, reached the same way), not a norm's scale."""
         return any(isinstance(p, Columns) for p in self.pulls)
+
+    @property
+    def to_output(self) -> tuple[Pull, ...]:
+        """The part of `pulls` that leads to the output of the earlier contraction."""
+        return tuple(takewhile(lambda p: not isinstance(p, Columns), self.pulls))
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,9 @@ class Chase:
 def find_fold(graph: Graph, x: int, spread: tuple[int, ...], uses: dict[str, int], depth: int, members: int) -> Fold:
     """How the activation `x` (a group's `members` contractions read it) can absorb a vector of shape `spread`."""
     readers = graph.consumers()
-    outputs = {graph.same.get(v, v) for v in graph.outputs if isinstance(v, int)}
+    outputs = {graph.root(v) for v in graph.outputs if isinstance(v, int)}
     probe = np.ones(spread)
-    root = graph.same.get(x, x)
+    root = graph.root(x)
     shared = len(readers.get(root, [])) > members or root in outputs
     chase = Chase(graph, readers, uses, depth)
     scale, why_scale = _attempt(_scale_edits, chase, x, probe, shared)
@@ -150,14 +156,14 @@ def _leaf_edit(chase: Chase, v: int, probe: np.ndarray, pulls: tuple[Pull, ...])
         raise Unfoldable(f"{ref.path} is used in {chase.uses[ref.path]} places")
     if ref.depth != chase.depth:
         raise Unfoldable(f"{ref.path} is shared by all layers of a scan")
-    shape, leaf = pull(tuple(reversed(ref.views)), probe).shape, chase.graph.leaf_shapes.get(ref.path)
-    if leaf is None or len(leaf) != len(shape) or any(n != 1 and n != m for n, m in zip(shape, leaf)):
+    shape, leaf = pull(tuple(reversed(ref.views)), probe).shape, ref.shape
+    if len(leaf) != len(shape) or any(n != 1 and n != m for n, m in zip(shape, leaf)):
         raise Unfoldable(f"{ref.path} of shape {leaf} has no value of its own for each channel")
     return Edit(ref.path, (*pulls, *reversed(ref.views)))
 
 
 def _producer(chase: Chase, v: Operand) -> Node:
-    if isinstance(v, Const) or v in chase.graph.consts:
+    if isinstance(v, Const) or v in chase.graph.closed:
         raise Unfoldable("a constant of the program is on the way")
     if v not in chase.graph.producer:
         raise Unfoldable("it is an input of the program or of a loop body")
@@ -167,10 +173,9 @@ def _producer(chase: Chase, v: Operand) -> Node:
 def _only(chase: Chase, v: Operand) -> Operand:
     """`v`, if nothing else reads it."""
     if chase.exclusive and isinstance(v, int) and v not in chase.graph.refs:
-        root = chase.graph.same.get(v, v)
-        read = len(chase.readers.get(root, ())) + sum(chase.graph.same.get(o, o) == root for o in chase.graph.outputs
-                                                      if isinstance(o, int))
-        if read > 1:
+        graph, root = chase.graph, chase.graph.root(v)
+        returned = [o for o in graph.outputs if isinstance(o, int) and graph.root(o) == root]
+        if len(chase.readers.get(root, ())) + len(returned) > 1:
             raise Unfoldable("a value on the way is also read elsewhere")
     return v
 

@@ -7,7 +7,7 @@ reading: `execute` re-runs the original jaxpr and finds its equations by `Node.a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr
@@ -18,11 +18,20 @@ from jaxq.program.views import Convert, View, view_of
 
 @dataclass(frozen=True)
 class Ref:
-    """A value that is a parameter, seen through views. `depth` counts the leading layer axes already sliced away."""
+    """A value that is a parameter, seen through views. `depth` counts the leading layer axes already sliced away;
+    `shape` is what is left of the leaf's."""
 
     path: str
+    shape: tuple[int, ...]
     views: tuple[View, ...] = ()
     depth: int = 0
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A value computed from these parameters alone."""
+
+    paths: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -62,8 +71,9 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
     avals: list[Any] = field(default_factory=list)
     refs: dict[int, Ref] = field(default_factory=dict)
-    leaf_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    derived: dict[int, Derived] = field(default_factory=dict)
     consts: dict[int, Any] = field(default_factory=dict)
+    closed: set[int] = field(default_factory=set)  # arrays that the function closes over, and what is made of them alone
     from_params: set[int] = field(default_factory=set)
     from_inputs: set[int] = field(default_factory=set)
     picked: set[int] = field(default_factory=set)
@@ -84,18 +94,30 @@ class Graph:
 
     def is_derived(self, v: Operand) -> bool:
         """Computed from parameters alone, and not a plain view of one."""
-        return isinstance(v, int) and v in self.from_params and v not in self.from_inputs and v not in self.refs
+        return isinstance(v, int) and v in self.derived
+
+    def root(self, v: int) -> int:
+        return self.same.get(v, v)
+
+    @property
+    def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {ref.path: ref.shape for ref in self.refs.values()}
 
     def consumers(self) -> dict[int, list[Node]]:
-        """The nodes that read each value, equal values counted as one (being a program output is not counted here)."""
+        """The nodes that read each value, once for each operand; equal values and equal views of a value count as one
+        (being a program output is not counted here)."""
         uses: dict[int, list[Node]] = {}
         for node in self.nodes:
-            for v in {self.same.get(v, v) for v in node.ins if isinstance(v, int)}:
-                uses.setdefault(v, []).append(node)
+            if len(node.outs) == 1 and self.root(node.outs[0]) != node.outs[0]:
+                continue
+            for v in node.ins:
+                if isinstance(v, int):
+                    uses.setdefault(self.root(v), []).append(node)
         return uses
 
 
-Kind = Ref | str | None  # a parameter, "input" (depends on the inputs), "derived" (on parameters), or None
+# A parameter, a value computed from some, "closed" (over by the function), "input" (depends on the inputs), or None
+Kind = Ref | Derived | str | None
 
 
 def build(closed: ClosedJaxpr, kinds: Sequence[Kind]) -> Graph:
@@ -114,10 +136,11 @@ def _set_kind(graph: Graph, v: int, kind: Kind) -> None:
     if isinstance(kind, Ref):
         graph.refs[v] = kind
         graph.from_params.add(v)
-        if not kind.views:
-            graph.leaf_shapes[kind.path] = tuple(graph.avals[v].shape)
-    elif kind == "derived":
+    elif isinstance(kind, Derived):
+        graph.derived[v] = kind
         graph.from_params.add(v)
+    elif kind == "closed":
+        graph.closed.add(v)
     elif kind is not None:
         graph.from_inputs.add(v)
         if kind == "input+params":
@@ -129,6 +152,7 @@ def _inline(graph: Graph, closed: ClosedJaxpr, args: list[Operand], at: tuple[in
     for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
         v = graph.new(var.aval)
         graph.consts[v] = value
+        graph.closed.add(v)
         env[var] = v
 
     def read(atom: Any) -> Operand:
@@ -151,12 +175,17 @@ def _add(graph: Graph, eqn: Any, ins: list[Operand], at: tuple[int, ...], number
     node.bodies = tuple(build(closed, kinds) for closed, kinds in _loop_bodies(graph, node))
     params = any(v in graph.from_params for v in ins if isinstance(v, int))
     inputs = any(v in graph.from_inputs for v in ins if isinstance(v, int))
+    closed = any(v in graph.closed for v in ins if isinstance(v, int))
     for v in outs:
         graph.producer[v] = node
         if params:
             graph.from_params.add(v)
         if inputs:
             graph.from_inputs.add(v)
+        elif params:
+            graph.derived[v] = _made_of(graph, ins)
+        elif closed:
+            graph.closed.add(v)
     if _picks_a_piece(graph, node):
         graph.picked.add(outs[0])
     _follow_view(graph, node, numbered)
@@ -184,7 +213,8 @@ def _follow_view(graph: Graph, node: Node, numbered: dict) -> None:
         graph.picked.add(out)
     if source in graph.refs:
         ref = graph.refs[source]
-        graph.refs[out] = Ref(ref.path, (*ref.views, view), ref.depth)
+        graph.refs[out] = replace(ref, views=(*ref.views, view))
+        graph.derived.pop(out, None)
     root = graph.same.get(source, source)
     identity = isinstance(view, Convert) and view.before == view.after
     graph.same[out] = root if identity else numbered.setdefault((root, view), out)
@@ -215,8 +245,16 @@ def _kind(graph: Graph, v: Operand) -> Kind:
         return None
     if v in graph.refs:
         return graph.refs[v]
-    inputs, params = v in graph.from_inputs, v in graph.from_params
-    return ("input+params" if params else "input") if inputs else ("derived" if params else None)
+    if v in graph.derived:
+        return graph.derived[v]
+    if v in graph.from_inputs:
+        return "input+params" if v in graph.from_params else "input"
+    return "closed" if v in graph.closed else None
+
+
+def _made_of(graph: Graph, ins: list[Operand]) -> Derived:
+    known = [graph.derived[v].paths for v in ins if isinstance(v, int) and v in graph.derived]
+    return Derived(frozenset({ref.path for v in ins if (ref := graph.leaf(v))}).union(*known))
 
 
 def _mixed(_: Kind) -> Kind:
@@ -229,7 +267,7 @@ def _slice(kind: Kind) -> Kind:
     if not isinstance(kind, Ref):
         return kind
     plain = all(isinstance(view, Convert) for view in kind.views)
-    return Ref(kind.path, kind.views, kind.depth + 1) if plain else "derived"
+    return replace(kind, shape=kind.shape[1:], depth=kind.depth + 1) if plain else Derived(frozenset({kind.path}))
 
 
 def all_graphs(graph: Graph) -> list[Graph]:

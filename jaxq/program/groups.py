@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from jaxq.program.fold import Edit, Fold, find_fold, output_columns
-from jaxq.program.graph import Graph, Node, all_graphs
+from jaxq.program.graph import Graph, Node, Ref, all_graphs
 from jaxq.program.sites import Site, Skipped, find_sites
 from jaxq.program.views import Broadcast, Forward, Pull, ViewError, pull, view_of
 
@@ -27,6 +27,7 @@ class GroupPlan:
 
     `name` is the first site's path (for an operand of attention: `.../dot0:lhs`). `x` is the value that is read and
     `x_axes` its channel axes, `x_shape` its shape; `start` is the node at which the group's input is complete.
+    `shared` says why the group's weights cannot be changed for it alone (empty where they can).
     """
 
     name: str
@@ -37,6 +38,7 @@ class GroupPlan:
     start: int
     x_shape: tuple[int, ...]
     fold: Fold = field(default_factory=lambda: Fold(None, None))
+    shared: str = ""
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -57,12 +59,15 @@ class Layout:
         return [self] + [x for body in self.bodies.values() for x in body.all()]
 
 
-def lay_out(graph: Graph, uses: dict[str, int] | None = None, depth: int = 0) -> Layout:
+def lay_out(
+    graph: Graph, uses: dict[str, int] | None = None, depth: int = 0, taken: dict[tuple, int] | None = None
+) -> Layout:
     uses = parameter_uses(graph) if uses is None else uses
-    sites, skipped = find_sites(graph)
+    taken = {} if taken is None else taken
+    sites, skipped = find_sites(graph, taken)
     groups = tuple(_group(graph, uses, depth, members) for members in _same_input(graph, sites))
     bodies = {
-        (node.index, i): lay_out(body, uses, depth + (node.name == "scan"))
+        (node.index, i): lay_out(body, uses, depth + (node.name == "scan"), taken)
         for node in graph.nodes
         for i, body in enumerate(node.bodies)
     }
@@ -93,7 +98,7 @@ def _same_input(graph: Graph, sites: list[Site]) -> list[list[Site]]:
             found[site.path, "lookup", site.node] = [site]
         else:
             x = graph.nodes[site.node].ins[site.operands.x]
-            found.setdefault((graph.same.get(x, x), site.operands.x_axes, site.kind), []).append(site)
+            found.setdefault((graph.root(x), site.operands.x_axes, site.kind), []).append(site)
     return list(found.values())
 
 
@@ -113,31 +118,32 @@ def _group(graph: Graph, uses: dict[str, int], depth: int, sites: list[Site]) ->
     axes = first.operands.x_axes
     spread = tuple(n if i in axes else 1 for i, n in enumerate(shape))
     fold = find_fold(graph, x, spread, uses, depth, len(sites))
-    members = tuple(Member(site, _find_bias(graph, uses, graph.nodes[site.node], site)) for site in sites)
-    fold = _unshared(fold, members, uses, first.kind)
-    return GroupPlan(first.path, first.kind, x, axes, members, first.node, shape, fold)
+    members = tuple(Member(site, _find_bias(graph, uses, depth, site)) for site in sites)
+    shared = next(filter(None, (_why_shared(site.ref, uses, depth) for site in sites)), "")
+    if shared:
+        fold = replace(fold, scale=None, shift=None, scale_reason=shared, shift_reason=shared)
+    elif first.kind == "conv":
+        fold = replace(fold, shift=None, shift_reason="a shift is not exact at a convolution's padding")
+    return GroupPlan(first.path, first.kind, x, axes, members, first.node, shape, fold, shared)
 
 
-def _unshared(fold: Fold, members: tuple[Member, ...], uses: dict[str, int], kind: str) -> Fold:
-    """No fold where a consumer's weight serves elsewhere too, or a padded convolution would see a shifted border."""
-    for member in members:
-        if uses.get(member.site.path.partition("#")[0], 0) > 1:
-            why = f"{member.site.path} is used in {uses[member.site.path.partition('#')[0]]} places"
-            return replace(fold, scale=None, shift=None, scale_reason=why, shift_reason=why)
-    if kind == "conv":
-        return replace(fold, shift=None, shift_reason="a shift is not exact at a convolution's padding")
-    return fold
+def _why_shared(ref: Ref | None, uses: dict[str, int], depth: int) -> str:
+    """Why a parameter cannot be changed for one group alone; empty if it can."""
+    if ref is not None and uses.get(ref.path, 0) > 1:
+        return f"{ref.path} is used in {uses[ref.path]} places"
+    return f"{ref.path} is shared by all layers of a scan" if ref is not None and ref.depth != depth else ""
 
 
-def _find_bias(graph: Graph, uses: dict[str, int], node: Node, site: Site) -> Edit | None:
+def _find_bias(graph: Graph, uses: dict[str, int], depth: int, site: Site) -> Edit | None:
     """The parameter added to a contraction's output, through views and with no other reader on the way."""
     if site.kind != "linear":
         return None
-    readers = graph.consumers()
+    node, readers = graph.nodes[site.node], graph.consumers()
+    outputs = {graph.root(v) for v in graph.outputs if isinstance(v, int)}
     v, chain = node.outs[0], ()
     while True:
-        after = readers.get(graph.same.get(v, v), [])
-        if len(after) != 1 or v in graph.outputs:
+        after = readers.get(v, [])
+        if len(after) != 1 or v in outputs:
             return None
         step = after[0]
         view = view_of(step.name, step.params, graph.avals[v], graph.avals[step.outs[0]])
@@ -146,14 +152,14 @@ def _find_bias(graph: Graph, uses: dict[str, int], node: Node, site: Site) -> Ed
         v, chain = step.outs[0], (*chain, Forward(view))
     if step.name != "add":
         return None
-    other = next((o for o in step.ins if o != v), None)
-    edit = _bias_leaf(graph, other, chain) if isinstance(other, int) else None
-    if edit is None or uses.get(edit.path, 0) > 1 or not _takes(graph, edit, node, site):
+    other = next((o for o in step.ins if isinstance(o, int) and graph.root(o) != v), None)
+    ref, pulls = (None, ()) if other is None else _bias_leaf(graph, other, chain)
+    if ref is None or _why_shared(ref, uses, depth) or not _takes(graph, ref, pulls, site):
         return None
-    return edit
+    return Edit(ref.path, pulls)
 
 
-def _bias_leaf(graph: Graph, v: int, chain: tuple[Pull, ...]) -> Edit | None:
+def _bias_leaf(graph: Graph, v: int, chain: tuple[Pull, ...]) -> tuple[Ref | None, tuple[Pull, ...]]:
     node = graph.producer.get(v)
     if v not in graph.refs and node is not None and node.name == "broadcast_in_dim" and isinstance(node.ins[0], int):
         after = tuple(graph.avals[v].shape)
@@ -161,16 +167,17 @@ def _bias_leaf(graph: Graph, v: int, chain: tuple[Pull, ...]) -> Edit | None:
         chain = (*chain, Broadcast(tuple(node.params["broadcast_dimensions"]), before, after))
         v = node.ins[0]
     ref = graph.refs.get(v)
-    return None if ref is None else Edit(ref.path, (*chain, *reversed(ref.views)))
+    return ref, (*chain, *reversed(ref.views)) if ref else ()
 
 
-def _takes(graph: Graph, edit: Edit, node: Node, site: Site) -> bool:
+def _takes(graph: Graph, ref: Ref, pulls: tuple[Pull, ...], site: Site) -> bool:
     """Whether the bias has one value for each output channel, so that any vector can be added to it."""
+    node = graph.nodes[site.node]
     shape = graph.avals[node.outs[0]].shape
     out = [i for i in output_columns(graph, node, site.operands.w).out if i is not None]
     probe = np.ones([n if i in out else 1 for i, n in enumerate(shape)])
     try:
-        return pull(edit.pulls, probe).shape == graph.leaf_shapes[edit.path]
+        return pull(pulls, probe).shape == ref.shape
     except ViewError:
         return False
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxq.program import _compat
-from jaxq.program.graph import Graph, Node, Operand, Ref
+from jaxq.program.graph import Const, Graph, Node, Operand, Ref
 from jaxq.program.fold import output_columns
 from jaxq.program.views import Reshape, Transpose, ViewError, factor_groups
 
@@ -59,10 +59,10 @@ class Skipped:
     reason: str
 
 
-def find_sites(graph: Graph) -> tuple[list[Site], list[Skipped]]:
-    """The sites of one graph (not of its loop bodies), in program order."""
+def find_sites(graph: Graph, taken: dict[tuple, int]) -> tuple[list[Site], list[Skipped]]:
+    """The sites of one graph (not of its loop bodies), in program order; `taken` counts the names of all graphs."""
     feeds = _Feeds(graph)
-    sites, skipped, taken = [], [], {}
+    sites, skipped = [], []
     for node in graph.nodes:
         found = _classify(graph, node, feeds)
         if isinstance(found, Site):
@@ -74,10 +74,11 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[Skipped]]:
     return sites, skipped
 
 
-def _unique(site: Site, taken: dict[str, int]) -> str:
+def _unique(site: Site, taken: dict[tuple, int]) -> str:
     if site.kind == "lookup":
         return site.path
-    count = taken[site.path] = taken.get(site.path, -1) + 1
+    key = site.path, site.kind == "attention"
+    count = taken[key] = taken.get(key, -1) + 1
     if site.kind == "attention":
         return f"{site.path}/dot{count}".lstrip("/")
     return site.path if count == 0 else f"{site.path}#{count}"
@@ -89,7 +90,7 @@ def _classify(graph: Graph, node: Node, feeds: _Feeds) -> Site | Skipped | None:
     if node.name in CONTRACTIONS:
         return _contraction(graph, node, feeds)
     if not node.bodies:
-        return _opaque(graph, node)
+        return _opaque(graph, node, feeds)
     return None
 
 
@@ -103,26 +104,39 @@ def _contraction(graph: Graph, node: Node, feeds: _Feeds) -> Site | Skipped | No
             return _linear(graph, node, ref, x, w, shapes)
     if not floating:
         return None
-    if any(v in graph.picked for v in (left, right)):
-        return Skipped(feeds.name(left, right), node.name, shapes, "the weight is picked by a traced index: scan over it")
-    if any(graph.is_derived(v) for v in (left, right)):
-        return _derived(graph, node, feeds, shapes)
+    if any(_of_params(graph, v) for v in (left, right)):
+        return Skipped(feeds.all_paths(left, right), node.name, shapes, _why_left_out(graph, (left, right)))
     if all(graph.is_activation(v) and v in graph.from_params for v in (left, right)):
         operands = _operands(node, 0, 1)
         if operands.x_axes and node.name == "dot_general":
             return Site(feeds.name(left, right), "attention", node.index, operands, shapes)
-    closed_over = [v for v in (left, right) if isinstance(v, int) and v in graph.consts and len(_shape(graph, v)) > 1]
+    closed_over = any(_is_closed(graph, v) and len(_shape(graph, v)) > 1 for v in (left, right))
     if closed_over and any(graph.is_activation(v) for v in (left, right)):
         return Skipped("(closed over)", node.name, shapes, "the weight is closed over: pass it in the params")
     return None
 
 
-def _derived(graph: Graph, node: Node, feeds: _Feeds, shapes: tuple) -> Skipped | None:
-    name = feeds.name(*node.ins[:2])
-    if any(graph.is_activation(v) for v in node.ins[:2]):
-        made = next(graph.producer[v].name for v in node.ins[:2] if graph.is_derived(v) and v in graph.producer)
-        return Skipped(name, node.name, shapes, f"the weight is computed from parameters (by {made}), not one itself")
-    return Skipped(name, node.name, shapes, "both operands are parameters: no activation to calibrate on")
+def _why_left_out(graph: Graph, operands: tuple[Operand, Operand]) -> str:
+    """Why a contraction with a parameter, or with what is made of some, is none that can be quantized."""
+    if all(_of_params(graph, v) for v in operands):
+        return "both operands are parameters: no activation to calibrate on"
+    if not any(graph.is_activation(v) for v in operands):
+        return "the other operand is a constant of the program: no activation to calibrate on"
+    if any(isinstance(v, int) and v in graph.picked for v in operands):
+        return "the weight is picked by a traced index: scan over it"
+    made = next((graph.producer[v].name for v in operands if graph.is_derived(v) and v in graph.producer), None)
+    if made is None:
+        return "the weight is computed from parameters before the loop, or its layers do not lie along the first axis"
+    return f"the weight is computed from parameters (by {made}), not one itself"
+
+
+def _of_params(graph: Graph, v: Operand) -> bool:
+    """A parameter, what is made of some alone, or a piece of one picked by an index that may depend on the inputs."""
+    return graph.leaf(v) is not None or graph.is_derived(v) or (isinstance(v, int) and v in graph.picked)
+
+
+def _is_closed(graph: Graph, v: Operand) -> bool:
+    return isinstance(v, Const) or v in graph.closed
 
 
 def _linear(graph: Graph, node: Node, ref: Ref, x: int, w: int, shapes: tuple) -> Site | Skipped:
@@ -159,14 +173,14 @@ def _lookup(graph: Graph, node: Node) -> Site | None:
     return Site(ref.path, "lookup", node.index, Operands(1, 0, (), (), summed), shapes, ref, leaf_axes)
 
 
-def _opaque(graph: Graph, node: Node) -> Skipped | None:
+def _opaque(graph: Graph, node: Node, feeds: _Feeds) -> Skipped | None:
     """A primitive that jaxq does not open (shard_map, pallas_call, ...) and that reads a parameter."""
     inner = _compat.nested_jaxprs(node.eqn)
-    refs = [ref for v in node.ins if (ref := graph.leaf(v)) is not None and len(_shape(graph, v)) > 1]
-    if not inner or not refs or not any(_contracts(c) for c in inner):
+    weights = [v for v in node.ins if _of_params(graph, v) and len(_shape(graph, v)) > 1]
+    if not inner or not weights or not any(_contracts(c) for c in inner):
         return None
     shapes = tuple(_shape(graph, v) for v in node.ins)
-    return Skipped(refs[0].path, node.name, shapes, f"a contraction inside {node.name}, which jaxq does not open")
+    return Skipped(feeds.all_paths(*weights), node.name, shapes, f"a contraction inside {node.name}, which jaxq does not open")
 
 
 def _contracts(closed: Any) -> bool:
@@ -223,6 +237,8 @@ class _Feeds:
             return frozenset()
         if v in self.graph.refs:
             return frozenset({self.graph.refs[v].path})
+        if v in self.graph.derived:
+            return self.graph.derived[v].paths
         return self.paths.get(v, frozenset())
 
     def visit(self, node: Node, site: Site | None) -> None:
@@ -240,6 +256,12 @@ class _Feeds:
         return commonpath(paths)
 
 
+    def all_paths(self, *operands: Operand) -> str:
+        """The parameters that an operand is or is made of, one by one."""
+        made = [v for v in operands if _of_params(self.graph, v)]
+        return ", ".join(sorted(frozenset().union(*(self.of(v) for v in made))))
+
+
 def commonpath(paths: list[str]) -> str:
     return "/".join(commonprefix([p.split("/") for p in paths]))  # type: ignore[type-var]
 
@@ -249,4 +271,5 @@ def _shape(graph: Graph, v: Operand) -> tuple[int, ...]:
 
 
 def _is_float(graph: Graph, v: Operand) -> bool:
-    return isinstance(v, int) and bool(jnp.issubdtype(graph.avals[v].dtype, jnp.floating))
+    dtype = graph.avals[v].dtype if isinstance(v, int) else jnp.result_type(v.value)
+    return bool(jnp.issubdtype(dtype, jnp.floating))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
+from jaxq.program import _compat
 from jaxq.program.graph import Ref, build
 from jaxq.program.groups import Layout, lay_out
 from jaxq.qtensor import is_qtensor
@@ -51,10 +52,9 @@ def replace_leaves(params: Any, leaves: dict[str, Any]) -> Any:
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """The logical shape and dtype of a leaf, without reading it."""
     if is_qtensor(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return _compat.shape_of(leaf.codes, leaf.dtype)
     if isinstance(leaf, jax.Array):
-        aval = jax.typeof(leaf)
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+        return _compat.shape_of(leaf, leaf.dtype)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     array = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
@@ -71,5 +71,5 @@ def trace(forward: Callable, params: Any, *inputs: Any) -> Program:
     in_shapes = jax.tree.map(abstract, inputs)
     closed, out_shape = jax.make_jaxpr(forward, return_shape=True)(shapes, *in_shapes)
     count = len(closed.jaxpr.invars) - len(paths)
-    kinds = [Ref(path) for path in paths] + ["input"] * count
+    kinds = [Ref(path, tuple(aval.shape)) for path, aval in zip(paths, closed.in_avals)] + ["input"] * count
     return Program(closed, paths, lay_out(build(closed, kinds)), jax.tree.structure(out_shape))

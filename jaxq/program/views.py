@@ -143,6 +143,11 @@ def look(views: tuple[View, ...], a: jax.Array) -> jax.Array:
     return a
 
 
+SAME_VALUE = frozenset(
+    "copy copy_p stop_gradient optimization_barrier sharding_constraint reshard name pvary pcast device_put".split()
+)
+
+
 def view_of(name: str, params: dict[str, Any], before: Any, after: Any) -> View | None:
     """The view that an equation is, or None; `before` and `after` are the avals of its operand and result."""
     if name == "transpose":
@@ -155,6 +160,6 @@ def view_of(name: str, params: dict[str, Any], before: Any, after: Any) -> View 
     if name == "convert_element_type":
         floating = jnp.issubdtype(before.dtype, jnp.floating) and jnp.issubdtype(after.dtype, jnp.floating)
         return Convert(before.dtype, after.dtype) if floating else None
-    if name in ("copy", "copy_p", "stop_gradient", "optimization_barrier", "sharding_constraint", "name"):
+    if name in SAME_VALUE:
         return Convert(before.dtype, after.dtype)
     return None

@@ -41,7 +41,7 @@ class Group:
       shift, scale: the equivalent transform so far, of the shape of x's channel axes; x = (x_0 - shift) / scale.
       output_bias: what sites without a bias must add at run time, in the layout of their output.
       grid: the static grid of the input, once found.
-      objectives: the pieces of program in which a search can measure its error; None where there are none.
+      find_objectives: cuts the pieces of program in which a search can measure its error, see `objectives`.
       norm_scale: the scale parameter of the norm that feeds the group, of the shape of x's channel axes, if any.
       log: what steps want to report (arrays and numbers), by name.
     """
@@ -53,7 +53,7 @@ class Group:
     token_axes: tuple[int, ...]
     weights: dict[str, Any]
     biases: dict[str, jax.Array]
-    objectives: Objectives | None
+    find_objectives: Callable[[], Objectives | None]
     norm_scale: jax.Array | None = None
     shift: jax.Array | None = None
     scale: jax.Array | None = None
@@ -65,12 +65,17 @@ class Group:
     def channels(self) -> tuple[int, ...]:
         return tuple(self.x[0].shape[i] for i in self.plan.x_axes)
 
+    @property
+    def objectives(self) -> Objectives | None:
+        """The pieces of program in which a search can measure its error, while the walk is at this group; None for
+        look-ups and attention's operands."""
+        return self.find_objectives()
+
     def can_scale(self) -> bool:
         """Whether all consumers are weights of this group alone, still in full precision."""
         fits = all(m.site.operands.w_axes for m in self.plan.members)
-        shared = any("#" in m.site.path for m in self.plan.members) or "places" in self.plan.fold.scale_reason
         linear = self.plan.kind in ("linear", "conv", "ragged")
-        return linear and fits and not shared and not any(map(is_qtensor, self.weights.values()))
+        return linear and fits and not self.plan.shared and not any(map(is_qtensor, self.weights.values()))
 
     def can_shift(self) -> bool:
         """Whether, besides, every consumer has a bias to take the shift."""

@@ -64,7 +64,7 @@ def channel_scale(
     """
 
     def apply(group: Group) -> Group:
-        if not where(group.plan) or not group.can_scale() or group.objectives is None:
+        if not where(group.plan) or not group.can_scale():
             return group
         if group.spec.weights is None and group.spec.activations is None:
             raise ValueError(f"{group.plan.name}: channel_scale needs a `quantize` further down the chain")
@@ -73,7 +73,9 @@ def channel_scale(
         grid = thresholds(low, high, lower, candidates)
         if len(grid) == 0:
             return group.noted(thresholds=grid, losses=grid)
-        best, losses = search_scale(few, objective(group.objectives), grid, low, high, search)
+        pieces = group.objectives
+        assert pieces is not None  # can_scale: its consumers are weights
+        best, losses = search_scale(few, objective(pieces), grid, low, high, search)
         s = scale_for(jnp.float32(grid[best]), low, high)
         return transformed(group, scale=s).noted(thresholds=grid, losses=losses, best=best)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+
+import jax
 
 from jaxq.formats import Format, Int, grid_from_range
-from jaxq.observers import observe
+from jaxq.observers import Range
 from jaxq.program.groups import GroupPlan
-from jaxq.qtensor import Grid, PerChannel, PerTensor, is_qtensor
+from jaxq.qtensor import Grid, PerChannel, PerGroup, PerTensor, is_qtensor
 from jaxq.quantizer import Quantizer, quantize_weight
 from jaxq.steps.group import Group, Spec, Step, encoded, tokens_of
 
@@ -38,9 +41,22 @@ def quantize(
 
     def plan(group: GroupPlan, spec: Spec) -> Spec:
         w, x = by_kind.get(group.kind, usual)
+        _check_group_size(group, w, x)
         return replace(spec, weights=w, activations=x, touched=spec.touched or bool(w or x))
 
     return Step(plan, lambda group: encode_weights(fix_input(group)))
+
+
+def _check_group_size(group: GroupPlan, weights: Quantizer | None, activations: Quantizer | None) -> None:
+    """Where the channels are one axis; where they are several, the grids themselves are checked when they are made."""
+    for quantizer in (weights, activations):
+        if quantizer is not None and isinstance(quantizer.granularity, PerGroup) and len(group.x_axes) == 1:
+            size, channels = quantizer.granularity.size, group.x_shape[group.x_axes[0]]
+            if channels % size:
+                raise ValueError(
+                    f"{group.name}: groups of {size} do not divide its {channels} channels; choose a divisor of "
+                    f"{channels}, or leave it out with a `skip` pattern"
+                )
 
 
 def _described(what: Description, granularity: PerChannel | PerTensor) -> Quantizer | None:
@@ -53,10 +69,25 @@ def fix_input(group: Group) -> Group:
     if quantizer is None or quantizer.dynamic:
         return group
     axes = group.token_axes, group.plan.x_axes
-    tokens = [tokens_of(x, valid, *axes) for x, valid in zip(group.x, group.valid, strict=True)]
-    low, high = observe(quantizer.observer, quantizer.format, [x for x, _ in tokens], [v for _, v in tokens])
-    scale, zero = grid_from_range(quantizer.format, low[0], high[0])
-    return replace(group, grid=Grid(scale, zero))
+    ranges = [_measure(quantizer, *axes, x, valid) for x, valid in zip(group.x, group.valid, strict=True)]
+    return replace(group, grid=_grid(quantizer, ranges))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _measure(
+    quantizer: Quantizer, token_axes: tuple[int, ...], x_axes: tuple[int, ...], x: jax.Array, valid: jax.Array | None
+) -> Range:
+    tokens, real = tokens_of(x, valid, token_axes, x_axes)
+    return quantizer.observer.measure(tokens, quantizer.format, real)
+
+
+@partial(jax.jit, static_argnums=0)
+def _grid(quantizer: Quantizer, ranges: list[Range]) -> Grid:
+    """The ranges of all batches merged in order, each counted once (the published code counts the first twice)."""
+    low, high = ranges[0]
+    for count, current in enumerate(ranges[1:], start=1):
+        low, high = quantizer.observer.merge((low, high), current, count)
+    return Grid(*grid_from_range(quantizer.format, low[0], high[0]))
 
 
 def encode_weights(group: Group) -> Group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -104,6 +105,12 @@ CASES = {
 }
 
 
+def kept(group: Group) -> Group:
+    """The group with its objectives cut now: later the walk has moved on."""
+    pieces = group.objectives
+    return replace(group, find_objectives=lambda: pieces)
+
+
 def capture(z, case: str, setting: str) -> Group:
     """The group of `w` as a step receives it."""
     forward, others = CASES[case](z)
@@ -111,7 +118,7 @@ def capture(z, case: str, setting: str) -> Group:
     if "bias_shifted" in z:
         params["b"] = jnp.asarray(z["bias_shifted"])
     seen: list[Group] = []
-    keep = Step(touch(lambda plan: plan.name == "w"), lambda group: seen.append(group) or group)
+    keep = Step(touch(lambda plan: plan.name == "w"), lambda group: seen.append(kept(group)) or group)
     recipe = jaxq.chain(keep, jaxq.partition({"w": SETTINGS[setting]}))
     mask = z["observation_mask"]
     jaxq.calibrate(forward, params, [(jnp.asarray(z["x"]), *map(jnp.asarray, others))], recipe, masks=[mask])

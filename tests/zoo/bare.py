@@ -204,8 +204,8 @@ def lora() -> Specimen:
         return (x @ (p["w"] + p["a"] @ p["b"])) @ p["v"]
 
     params = {"w": weight(0, 16, 16), "a": weight(1, 16, 4), "b": weight(2, 4, 16), "v": weight(3, 16, 8)}
-    rows = {"w": "computed from parameters", "": "both operands are parameters"}
-    return Specimen(forward, params, (normal(4, 5, 16),), frozenset({"v"}), {k: v for k, v in rows.items() if k == ""})
+    rows = {"a, b": "both operands are parameters", "a, b, w": "computed from parameters (by add)"}
+    return Specimen(forward, params, (normal(4, 5, 16),), frozenset({"v"}), rows)
 
 
 def lora_beside() -> Specimen:
@@ -221,7 +221,7 @@ def scaled_weight() -> Specimen:
         return (x @ (p["m"]["w"] * jnp.float32(0.25))) @ p["v"]
 
     params = {"m": {"w": weight(0, 16, 16)}, "v": weight(3, 16, 8)}
-    return Specimen(forward, params, (normal(4, 5, 16),), frozenset({"v"}), {"m": "computed from parameters (by mul)"})
+    return Specimen(forward, params, (normal(4, 5, 16),), frozenset({"v"}), {"m/w": "computed from parameters (by mul)"})
 
 
 def closed_over() -> Specimen:

@@ -127,7 +127,7 @@ def scan_second_axis() -> Specimen:
         return x @ p["v"]
 
     params = {"w": weight(0, 16, 3, 16, fan_in=16), "v": weight(1, 16, 8)}
-    return Specimen(forward, params, (normal(1, 5, 16),), frozenset({"v"}), {"w": "another axis"})
+    return Specimen(forward, params, (normal(1, 5, 16),), frozenset({"v"}), {"w": "along the first axis"})
 
 
 def fori_static() -> Specimen:
@@ -143,7 +143,7 @@ def fori_picked() -> Specimen:
         return x @ p["v"]
 
     params = {"m": {"w": weight(0, 3, 16, 16)}, "v": weight(1, 16, 8)}
-    return Specimen(forward, params, (normal(1, 5, 16),), frozenset({"v"}), {"m": "picked by a traced index"})
+    return Specimen(forward, params, (normal(1, 5, 16),), frozenset({"v"}), {"m/w": "picked by a traced index"})
 
 
 def picked_statically() -> Specimen:
@@ -153,7 +153,7 @@ def picked_statically() -> Specimen:
         return x @ p["v"]
 
     params = {"m": {"w": weight(0, 2, 16, 16)}, "v": weight(1, 16, 8)}
-    return Specimen(forward, params, (normal(1, 5, 16),), frozenset({"v"}), {"m": "computed from parameters"})
+    return Specimen(forward, params, (normal(1, 5, 16),), frozenset({"v"}), {"m/w": "computed from parameters"})
 
 
 def conditional() -> Specimen:

@@ -1,0 +1,98 @@
+"""The command line: `jaxq quantize`, `eval`, `sites`, `recipes` and `demo`.
+
+Everything slow to import (transformers, Orbax, Flax) is imported inside the command that needs it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from jaxq.cli import errors
+from jaxq.cli.errors import readable_errors
+
+app = typer.Typer(
+    help="Post-training quantization of JAX programs.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+MODEL_HELP = "Embedded model (stdlib-opt), directory in Hugging Face format, or hub name (owner/model)."
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE, too.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows in a batch.")]
+Length = Annotated[int | None, typer.Option(min=2, help="Tokens in a window, at most the model's context.")]
+
+
+@app.callback()
+def main(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False) -> None:
+    errors.debug.set(debug)
+
+
+@app.command()
+@readable_errors
+def quantize(
+    model: ModelName,
+    recipe: Annotated[str, typer.Option(help="YAML file, or the name of a recipe of jaxq's own (`jaxq recipes`).")],
+    calibration: Annotated[Path, typer.Option(help="Text file; documents may be separated by <|endoftext|>.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
+    samples: Annotated[int | None, typer.Option(min=1, help="Windows of text; default: the recipe's.")] = None,
+    length: Length = None,
+    batch_size: BatchSize = None,
+    export: Annotated[
+        Literal["hf"] | None,
+        typer.Option(help="Also write the folded full-precision model as a Hugging Face checkpoint, to OUT/hf."),
+    ] = None,
+) -> None:
+    """Quantize a language model by a recipe, check the folds, and save it."""
+    from jaxq.cli.quantizing import Calibration, quantize_command
+
+    quantize_command(model, recipe, Calibration(calibration, samples, length, batch_size), out, export is not None)
+
+
+@app.command("eval")
+@readable_errors
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"What `jaxq quantize` wrote. Or: {MODEL_HELP}")],
+    perplexity: Annotated[Path, typer.Option(help="Text file to measure the perplexity on.")],
+    length: Length = 512,
+    batch_size: BatchSize = 8,
+    json: Json = None,
+) -> None:
+    """Measure a model's perplexity, quantized or not."""
+    from jaxq.cli.evaluating import evaluate_command
+
+    assert length is not None and batch_size is not None
+    evaluate_command(model, perplexity, length, batch_size, json)
+
+
+@app.command()
+@readable_errors
+def sites(model: ModelName, json: Json = None) -> None:
+    """Show what in a model can be quantized, where transforms can be folded, and what is left out."""
+    from jaxq.cli.evaluating import sites_command
+
+    sites_command(model, json)
+
+
+@app.command()
+@readable_errors
+def recipes() -> None:
+    """List the recipes that come with jaxq."""
+    from jaxq.recipes import read_recipe, recipe_files
+    from jaxq.report import console, table
+
+    rows = [(name, read_recipe(name).name) for name in sorted(recipe_files())]
+    console().print(table("recipes", ["--recipe", "what it is"], rows))
+
+
+@app.command()
+@readable_errors
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("demo"),
+    windows: Annotated[int, typer.Option(min=1, help="Windows of held-out text to evaluate on.")] = 32,
+) -> None:
+    """Quantize the embedded model in several ways, offline, and compare perplexities (2 to 3 minutes)."""
+    from jaxq.demo import run_demo
+
+    run_demo(out, windows)

@@ -1,0 +1,153 @@
+"""From a recipe file to steps, and to a calibration with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxq.calibrate import Batch, calibrate
+from jaxq.clipping import Clipping, search_percentile
+from jaxq.formats import Int
+from jaxq.observers import (
+    Observer,
+    average_min_max,
+    average_mse,
+    average_quantile,
+    ema_min_max,
+    ema_quantile,
+    lsq_plus,
+    min_max,
+    mse,
+    token_quantile,
+)
+from jaxq.qtensor import Quantized
+from jaxq.quantizer import Quantizer, per_channel, per_group, per_tensor, per_token
+from jaxq.recipes import HEAD_NAMES, Activations, OSPlus, RecipeFile, SmoothQuant, TokenQuantile, Weights
+from jaxq.search import coarse_to_fine, exhaustive
+from jaxq.steps import (
+    Group,
+    Step,
+    chain,
+    channel_scale,
+    channel_shift,
+    fed_by_norm,
+    foldable,
+    gamma_migration,
+    nothing,
+    os_plus,
+    quantize,
+    skip,
+    smooth_quant,
+)
+
+SEARCHES = {"exhaustive": exhaustive(), "fast": coarse_to_fine()}
+GROUPS = {"norms": fed_by_norm, "foldable": foldable}
+PLAIN_OBSERVERS = {
+    "min_max": min_max,
+    "average_min_max": average_min_max,
+    "mse": mse,
+    "average_mse": average_mse,
+    "lsq_plus": lsq_plus,
+}
+
+
+def to_step(recipe: RecipeFile, percentile: float = 1.0) -> Step:
+    """The recipe's method and then `quantize`, everywhere but at the sites it skips.
+
+    Args:
+      percentile: stands in where the recipe says `percentile: search`; `calibrate_recipe` does search it.
+
+    A `skip` pattern that matches nothing is an error in `calibrate`, but for the two default ones: a model has either
+    a head of its own or one tied to its embedding.
+    """
+    numbers = quantize(
+        weights=_weights(recipe.weights),
+        activations=_activations(recipe.activations, percentile),
+        attention=_activations(recipe.attention, percentile),
+    )
+    step = skip(recipe.skip, chain(_method(recipe.method), numbers))
+    return step._replace(patterns=tuple(p for p in recipe.skip if p not in HEAD_NAMES))
+
+
+def calibrate_recipe(
+    forward: Callable,
+    params: Any,
+    batches: Sequence[Batch],
+    recipe: RecipeFile,
+    *,
+    masks: Sequence[Any] | None = None,
+    on_group: Callable[[Group], None] | None = None,
+) -> tuple[Quantized, Clipping | None]:
+    """`calibrate` as a recipe file says; where it says `percentile: search`, also what that search found.
+
+    Arguments and errors are those of `calibrate` and, with `percentile: search`, of `search_percentile`.
+    """
+    propagate = recipe.calibration.propagate
+    if not searches_percentile(recipe):
+        step = to_step(recipe)
+        quantized = calibrate(forward, params, batches, step, masks=masks, propagate=propagate, on_group=on_group)
+        return quantized, None
+    bits = min(numbers.bits for numbers in (recipe.activations, recipe.attention) if numbers is not None)
+    clipping = search_percentile(
+        forward,
+        params,
+        batches,
+        lambda percentile: to_step(recipe, percentile),
+        [1 - 0.005 * i for i in range(10 if bits == 8 else 20)],
+        masks=masks,
+        propagate=propagate,
+        on_group=on_group,
+    )
+    return clipping.quantized, clipping
+
+
+def searches_percentile(recipe: RecipeFile) -> bool:
+    observers = [n.observer for n in (recipe.activations, recipe.attention) if n is not None]
+    return any(isinstance(o, TokenQuantile) and o.percentile == "search" for o in observers)
+
+
+def _method(method: Any) -> Step:
+    if isinstance(method, OSPlus):
+        where = GROUPS[method.groups]
+        scale = channel_scale(method.lower, method.candidates, SEARCHES[method.search], where=where)
+        return os_plus(channel_shift() if method.shift else nothing(), scale)
+    if isinstance(method, SmoothQuant):
+        return smooth_quant(method.alpha, where=GROUPS[method.groups])
+    return gamma_migration() if method.name == "gamma_migration" else nothing()
+
+
+def _weights(numbers: Weights | None) -> Quantizer | None:
+    if numbers is None:
+        return None
+    fmt, observer = Int(numbers.bits, numbers.symmetric), _observer(numbers.observer, 1.0)
+    if numbers.granularity == "group":
+        return per_group(fmt, _size(numbers), observer)
+    return (per_channel if numbers.granularity == "channel" else per_tensor)(fmt, observer)
+
+
+def _activations(numbers: Activations | None, percentile: float) -> Quantizer | None:
+    if numbers is None:
+        return None
+    fmt = Int(numbers.bits, numbers.symmetric)
+    if numbers.granularity == "group":
+        return per_group(fmt, _size(numbers))
+    if numbers.granularity == "token":
+        return per_token(fmt)
+    return per_tensor(fmt, _observer(numbers.observer, percentile))
+
+
+def _size(numbers: Weights | Activations) -> int:
+    assert numbers.group_size is not None  # RecipeFile gives both or neither
+    return numbers.group_size
+
+
+def _observer(observer: Any, percentile: float) -> Observer:
+    if isinstance(observer, TokenQuantile):
+        return token_quantile(percentile if observer.percentile == "search" else observer.percentile)
+    if observer.name == "ema_min_max":
+        return ema_min_max(observer.decay)
+    if observer.name == "average_quantile":
+        return average_quantile(observer.fraction)
+    if observer.name == "ema_quantile":
+        return ema_quantile(observer.fraction, observer.decay)
+    return PLAIN_OBSERVERS[observer.name]()

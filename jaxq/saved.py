@@ -1,0 +1,70 @@
+"""A quantized language model on disk: what `storage` writes, with the configuration and the tokenizer beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxq.models import Model, load, model_of, save_hf
+from jaxq.qtensor import Quantized
+from jaxq.storage import STRUCTURE
+from jaxq.storage import load as load_quantized
+from jaxq.storage import save as save_quantized
+
+CONFIG, EXPORTED = "config.json", "hf"
+
+
+def save_model(
+    path: str | os.PathLike[str], model: Model, quantized: Quantized, about: dict[str, Any], folded: Any = None
+) -> None:
+    """Writes a directory from which `load_model` needs nothing else; all of it or none of it.
+
+    Args:
+      model: where the configuration and the tokenizer come from; its parameters are not read.
+      about: whatever JSON can say of the model.
+      folded: full-precision parameters to put beside it as a Hugging Face checkpoint, in the folder `hf`; or None.
+
+    Raises FileExistsError where `path` exists, and what `storage.save` and `save_hf` raise.
+    """
+
+    def further(folder: Path) -> None:
+        (folder / CONFIG).write_text(json.dumps(model.config, indent=2, sort_keys=True) + "\n", "utf-8")
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(folder)
+        if folded is not None:
+            save_hf(model, folded, folder / EXPORTED)
+
+    save_quantized(path, quantized, about, further)
+
+
+def load_model(name_or_dir: str | os.PathLike[str]) -> tuple[Model, Quantized]:
+    """A model that `save_model` wrote, or any that `jaxq.models.load` knows (then with nothing quantized).
+
+    Raises FileNotFoundError and ValueError as `storage.load` and `models.load` do.
+    """
+    path = Path(name_or_dir)
+    if not (path / STRUCTURE).is_file():
+        model = load(str(name_or_dir))
+        return model, Quantized(model.params)
+    quantized, about = load_quantized(path)
+    model = model_of(_config(path / CONFIG), quantized.params, _tokenizer(path), str(about.get("name", path.name)))
+    return model, quantized
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; `jaxq quantize` writes it beside {STRUCTURE}")
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def _tokenizer(path: Path) -> Any:
+    if not (path / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer  # seconds to import
+
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)

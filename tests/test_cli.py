@@ -1,0 +1,273 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from jaxq import storage
+from jaxq.cli import app
+from tests.tiny import LLAMA, OPT, TEXT, write_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = (ROOT / "../shared").resolve()
+RECIPE = {
+    "name": "a test",
+    "method": {"name": "smooth_quant"},
+    "weights": {"bits": 8},
+    "activations": {"bits": 8},
+    "calibration": {"samples": 4, "length": 32, "batch_size": 2},
+}
+
+
+def run(*args: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert result.exit_code == code, result.output
+    if code == 1:
+        assert result.stderr.count("error: ") == 1 and "Traceback" not in result.output
+        return result.stderr
+    return result.output
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, "utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "opt", OPT)
+
+
+def perplexity(model: object, text: Path, out: Path) -> float:
+    shown = run("eval", model, "--perplexity", text, "--length", 32, "--json", out)
+    found = json.loads(out.read_text())
+    assert f"{found['perplexity']:.4g}" in shown
+    assert found["tokens"] > 0 and found["seconds"] > 0 and found["length"] == 32
+    return found["perplexity"]
+
+
+def quantize(model: object, recipe: object, text: Path, out: Path, *more: object, code: int = 0) -> str:
+    return run("quantize", model, "--recipe", recipe, "--calibration", text, "--out", out, *more, code=code)
+
+
+def test_quantize_eval_and_export(opt, text, tmp_path):
+    recipe = tmp_path / "os_plus.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE | {"method": {"name": "os_plus", "search": "fast"}}), "utf-8")
+    out = tmp_path / "made" / "on the way" / "out"
+    shown = quantize(opt, recipe, text, out, "--export", "hf")
+    assert "calibrating" in shown and "4 groups transformed" in shown and "relative" in shown
+    before, after = perplexity(opt, text, tmp_path / "a.json"), perplexity(out, text, tmp_path / "b.json")
+    assert after == pytest.approx(before, rel=0.02) and after != before
+    assert perplexity(out / "hf", text, tmp_path / "c.json") == pytest.approx(before, rel=1e-4), "law 1"
+    about = json.loads((out / "jaxq.json").read_text())["about"]
+    assert about["recipe"]["name"] == "a test" and about["calibration"]["batches"] == [2, 2, 32]
+    assert about["proofs"]["fold_error_of_logits"] < 1e-5 and "jax" in about["versions"]
+    assert "exists" in quantize(opt, recipe, text, out, code=1)
+
+
+def test_the_text_and_batches_can_be_chosen(opt, recipe, text, tmp_path):
+    shown = quantize(opt, recipe, text, tmp_path / "out", "--samples", 5, "--length", 64, "--batch-size", 3)
+    assert "1 batches of 3 windows x 32 tokens" in shown and "context" in shown
+
+
+def test_what_cannot_be_folded_is_not_exported(recipe, text, tmp_path):
+    model = write_model(tmp_path / "post-norm", OPT, do_layer_norm_before=False)
+    error = quantize(model, recipe, text, tmp_path / "out", "--export", "hf", code=1)
+    assert "run time" in error and "layers/1/attn/q/kernel" in error
+    assert (tmp_path / "out/jaxq.json").is_file() and not (tmp_path / "out/hf").exists()
+    perplexity(tmp_path / "out", text, tmp_path / "a.json")
+
+
+def test_a_searched_percentile_is_reported(opt, text, tmp_path):
+    observer = {"name": "token_quantile", "percentile": "search"}
+    recipe = tmp_path / "clip.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE | {"activations": {"bits": 8, "observer": observer}}), "utf-8")
+    assert "percentile" in quantize(opt, recipe, text, tmp_path / "out")
+    clipping = json.loads((tmp_path / "out/jaxq.json").read_text())["about"]["clipping"]
+    assert len(clipping["losses"]) == len(clipping["percentiles"]) == 10
+    assert min(clipping["losses"]) == clipping["losses"][clipping["percentiles"].index(clipping["percentile"])]
+
+
+def test_sites(opt, tmp_path):
+    shown = run("sites", opt, "--json", tmp_path / "sites.json")
+    assert "layers/*/attn/q/kernel" in shown and "layers/*/attn_norm/{scale,bias}" in shown
+    assert json.loads((tmp_path / "sites.json").read_text())["sites"][0]["path"] == "embed/embedding"
+
+
+def test_recipes():
+    assert "os_plus-w6a6" in run("recipes")
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def refused(error: str, *named: str) -> None:
+    for name in named:
+        assert name in error, f"{name!r} is not in {error!r}"
+
+
+def test_damaged_weights(recipe, text, tmp_path):
+    model = write_model(tmp_path / "model", OPT)
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    refused(quantize(model, recipe, text, tmp_path / "out", code=1), str(file), "safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_shard(recipe, text, tmp_path):
+    model = write_model(tmp_path / "model", OPT, max_shard_bytes=30_000)
+    shard = sorted(model.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    refused(run("eval", model, "--perplexity", text, code=1), shard.name, "missing")
+
+
+def test_wrong_vocabulary(recipe, text, tmp_path):
+    model = write_model(tmp_path / "model", OPT, vocab_size=100)
+    refused(quantize(model, recipe, text, tmp_path / "out", code=1), "vocabulary of 100", str(text))
+    refused(run("eval", model, "--perplexity", text, code=1), "vocabulary of 100")
+
+
+def test_no_tokenizer(recipe, text, tmp_path):
+    model = write_model(tmp_path / "model", OPT)
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    refused(quantize(model, recipe, text, tmp_path / "out", code=1), "no tokenizer")
+
+
+def test_unknown_names(opt, recipe, text, tmp_path):
+    out = tmp_path / "out"
+    refused(quantize("stdlib-optt", recipe, text, out, code=1), "stdlib-optt", "stdlib-opt)")
+    refused(quantize(opt, "os_plus-w6a7", text, out, code=1), "os_plus-w6a7", "os_plus-w6a6")
+    refused(quantize(opt, recipe, tmp_path / "none.txt", out, code=1), "none.txt", "No such file")
+    refused(run("eval", tmp_path, "--perplexity", text, code=1), "config.json")
+    run("quantize", opt, code=2)
+    run("nonsense", code=2)
+
+
+def test_unknown_recipe_key(opt, text, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE | {"weights": {"bitz": 8}}), "utf-8")
+    refused(quantize(opt, recipe, text, tmp_path / "out", code=1), str(recipe), "weights.bitz", "bits")
+
+
+def test_a_skip_pattern_that_matches_nothing(opt, text, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE | {"skip": ["lm_head/*", "embed*", "layers/*/mpl/*"]}), "utf-8")
+    refused(quantize(opt, recipe, text, tmp_path / "out", code=1), "layers/*/mpl/*", "mlp")
+
+
+def test_groups_that_do_not_divide(opt, text, tmp_path):
+    numbers = {"bits": 4, "granularity": "group", "group_size": 5}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE | {"weights": numbers, "activations": numbers}), "utf-8")
+    refused(quantize(opt, recipe, text, tmp_path / "out", code=1), "layers/0/attn/q/kernel", "groups of 5", "16")
+
+
+def test_short_or_binary_text(opt, recipe, tmp_path):
+    (tmp_path / "short.txt").write_text("a", "utf-8")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "empty.txt").write_text("", "utf-8")
+    for name, why in {"short": "one window", "binary": "UTF-8", "empty": "no text"}.items():
+        refused(quantize(opt, recipe, tmp_path / f"{name}.txt", tmp_path / "out", code=1), f"{name}.txt", why)
+
+
+def test_damaged_result(opt, recipe, text, tmp_path):
+    quantize(opt, recipe, text, tmp_path / "out")
+    (tmp_path / "out/config.json").unlink()
+    refused(run("eval", tmp_path / "out", "--perplexity", text, code=1), "config.json", "missing")
+    (tmp_path / "out/jaxq.json").write_text("{", "utf-8")
+    refused(run("eval", tmp_path / "out", "--perplexity", text, code=1), "jaxq.json", "not valid JSON")
+
+
+def test_full_disk(opt, recipe, text, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out"))
+
+    monkeypatch.setattr(storage.ocp, "save", full)
+    refused(quantize(opt, recipe, text, tmp_path / "out", code=1), "No space left on device", "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml", "text.txt"], "nothing half-written is left"
+
+
+def test_debug_shows_the_traceback():
+    result = CliRunner().invoke(app, ["--debug", "sites", "nonsense"])
+    assert isinstance(result.exception, FileNotFoundError) and "error: " not in result.output
+
+
+# As a process of its own ----------------------------------------------------------------------------------------------
+
+
+def process(*args: object) -> subprocess.CompletedProcess:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_help_loads_nothing_slow():
+    slow = "{'transformers', 'flax', 'orbax', 'matplotlib', 'torch'} & set(sys.modules)"
+    found = process("-c", f"import sys, jaxq.cli; print({slow})")
+    assert found.stdout == "set()\n", found
+    assert "quantize" in process("-m", "jaxq", "--help").stdout
+
+
+def test_killed_while_saving(opt, recipe, text, tmp_path):
+    out = tmp_path / "out"
+    command = ["quantize", opt, "--recipe", recipe, "--calibration", text, "--out", out]
+    killing = (
+        "import os, signal, sys; from jaxq import storage; from jaxq.cli import app; "
+        f"storage.os.rename = lambda *_: os.kill(os.getpid(), {int(signal.SIGKILL)}); app(sys.argv[1:])"
+    )
+    assert process("-c", killing, *command).returncode == -signal.SIGKILL
+    assert not out.exists()
+    run(*command)
+    assert (out / "jaxq.json").is_file()
+
+
+# Real models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, recipe, limit",
+    [("llama-stories260k", "os_plus-w8a8-llama", 1.02), ("opt-tinystories-trained-here", "os_plus-w8a8", 1.02)],
+)
+def test_real_models(name, recipe, limit, tmp_path):
+    model, data = SHARED / "models" / name, SHARED / "data/text"
+    if not model.is_dir():
+        pytest.skip(f"{model} is not there")
+    text = tmp_path / "text.txt"
+    text.write_text((data / "tinystories.valid.txt").read_text("utf-8")[:200_000], "utf-8")
+    out = tmp_path / "out"
+    quantize(model, recipe, data / "tinystories.train.txt", out, "--samples", 16, "--length", 128, "--batch-size", 8)
+    found = []
+    for m in (model, out):
+        run("eval", m, "--perplexity", text, "--length", 128, "--json", tmp_path / "r.json")
+        found.append(json.loads((tmp_path / "r.json").read_text())["perplexity"])
+    assert found[1] < limit * found[0]
+
+
+def test_llama_exports_too(text, tmp_path):
+    model = write_model(tmp_path / "model", LLAMA)
+    recipe = tmp_path / "llama.yaml"
+    method = {"name": "smooth_quant", "groups": "foldable"}
+    recipe.write_text(yaml.safe_dump(RECIPE | {"method": method}), "utf-8")
+    quantize(model, recipe, text, tmp_path / "out", "--export", "hf")
+    before, folded = (
+        perplexity(model, text, tmp_path / "a.json"),
+        perplexity(tmp_path / "out/hf", text, tmp_path / "b.json"),
+    )
+    assert folded == pytest.approx(before, rel=1e-4)

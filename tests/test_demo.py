@@ -1,0 +1,41 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jaxq import demo
+from jaxq.steps import nothing, os_plus
+from tests.tiny import OPT, tiny_model
+
+
+def run_small(monkeypatch: pytest.MonkeyPatch, out: Path) -> str:
+    shown = Console(file=io.StringIO(), width=100)
+    monkeypatch.setattr(demo, "console", lambda: shown)
+    monkeypatch.setattr(demo, "say", shown.print)
+    demo.run_demo(out, 4)
+    return shown.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_table_and_the_plots(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "load", lambda _: tiny_model(OPT))
+    monkeypatch.setattr(demo, "BITS", (8,))
+    monkeypatch.setattr(demo, "ACTIVATIONS", {"per tensor": demo.per_tensor})
+    monkeypatch.setattr(demo, "METHODS", {"round to nearest": nothing(), "OS+": os_plus()})
+    shown = run_small(monkeypatch, tmp_path / "plots")
+    for text in ("full precision", "W8A8 per tensor", "round to nearest", "OS+", "times the median channel"):
+        assert text in " ".join(shown.split())
+    for name in ("ranges.png", "search.png"):
+        assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_whole_demo(monkeypatch, tmp_path):
+    shown = run_small(monkeypatch, tmp_path)
+    rows = [line for line in shown.splitlines() if "W4A4" in line or "W6A6" in line or "W8A8" in line]
+    assert len(rows) == 18
+
+
+def test_outlier_ratio():
+    assert demo.outlier_ratio(np.array([-1.0, -8.0, 0.0]), np.array([2.0, 1.0, 1.0])) == 4

@@ -1,0 +1,162 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxq import Int, calibrate, execute, per_channel, per_group, per_tensor, per_token, quantize, skip, smooth_quant
+from jaxq import observers as obs
+from jaxq.clipping import search_percentile
+from jaxq.program.trace import trace
+from jaxq.qtensor import PerGroup, PerTensor, PerToken
+from jaxq.recipe_steps import calibrate_recipe, to_step
+from jaxq.recipes import RecipeFile, read_recipe, recipe_files
+from jaxq.steps import chain
+from jaxq.steps.group import Spec
+from tests.tiny import OPT, tiny_model
+
+TOKENS = [np.array(jax.random.randint(jax.random.key(i), (2, 16), 0, 1024), np.int32) for i in range(2)]
+BASE = {"name": "t", "method": {"name": "none"}, "weights": {"bits": 8}, "activations": {"bits": 8}}
+
+
+def made(**changes: object) -> RecipeFile:
+    return RecipeFile.model_validate(BASE | changes)
+
+
+def spec_of(recipe: RecipeFile, kind: str = "linear", **given: float) -> Spec:
+    model = tiny_model(OPT)
+    groups = trace(model.forward, model.params, TOKENS[0]).layout.groups
+    return to_step(recipe, **given).plan(next(g for g in groups if g.kind == kind), Spec())
+
+
+def same(a: object, b: object) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_numbers():
+    recipe = made(weights={"bits": 6, "symmetric": False}, activations={"bits": 5, "granularity": "token"})
+    found = spec_of(recipe)
+    assert found.weights == per_channel(Int(6, symmetric=False)) and found.activations == per_token(Int(5))
+    group = {"bits": 4, "granularity": "group", "group_size": 8}
+    found = spec_of(made(weights=group, activations=group))
+    assert found.weights == per_group(Int(4), 8) and found.activations == per_group(Int(4), 8)
+    found = spec_of(made(weights={"bits": 8, "granularity": "tensor"}, activations=None))
+    assert found.weights == per_tensor(Int(8)) and found.activations is None
+    attention = spec_of(made(attention={"bits": 7}), "attention").activations
+    assert attention == per_tensor(Int(7), obs.average_min_max())
+
+
+@pytest.mark.parametrize(
+    "observer, want",
+    [
+        ({"name": "min_max"}, obs.min_max()),
+        ({"name": "average_min_max"}, obs.average_min_max()),
+        ({"name": "ema_min_max", "decay": 0.5}, obs.ema_min_max(0.5)),
+        ({"name": "mse"}, obs.mse()),
+        ({"name": "average_mse"}, obs.average_mse()),
+        ({"name": "average_quantile", "fraction": 0.9}, obs.average_quantile(0.9)),
+        ({"name": "ema_quantile", "fraction": 0.9, "decay": 0.5}, obs.ema_quantile(0.9, 0.5)),
+        ({"name": "token_quantile", "percentile": 0.98}, obs.token_quantile(0.98)),
+        ({"name": "token_quantile", "percentile": "search"}, obs.token_quantile(0.97)),
+    ],
+)
+def test_observers(observer, want):
+    recipe = made(activations={"bits": 8, "observer": observer})
+    found = spec_of(recipe, percentile=0.97).activations
+    assert found is not None and found.observer == want
+
+
+def test_lsq_plus():
+    weights = spec_of(made(weights={"bits": 8, "observer": {"name": "lsq_plus"}})).weights
+    assert weights is not None and weights.observer == obs.lsq_plus()
+
+
+@pytest.mark.parametrize("name", sorted(recipe_files()))
+def test_every_recipe_is_a_step(name):
+    recipe = read_recipe(name)
+    step = to_step(recipe)
+    assert set(step.patterns) == set(recipe.skip) - {"lm_head/*", "embed*"}
+
+
+def test_a_recipe_is_what_its_steps_are():
+    model = tiny_model(OPT)
+    by_hand = chain(smooth_quant(0.6), quantize(per_channel(Int(8)), per_tensor(Int(8), obs.average_min_max())))
+    recipe = made(method={"name": "smooth_quant", "alpha": 0.6, "groups": "foldable"})
+    want = calibrate(model.forward, model.params, TOKENS, skip(["embed*"], by_hand))
+    found, clipping = calibrate_recipe(model.forward, model.params, TOKENS, recipe)
+    assert clipping is None
+    same(found, want)
+    norms, _ = calibrate_recipe(model.forward, model.params, TOKENS, made(method={"name": "smooth_quant"}))
+    assert len(norms.transforms) == 4 and len(found.transforms) == 6, "down projections are not fed by a norm"
+
+
+def test_granularities_reach_the_model():
+    model = tiny_model(OPT)
+    for granularity, kind in {"tensor": PerTensor(), "token": PerToken()}.items():
+        recipe = made(activations={"bits": 8, "granularity": granularity})
+        quantized, _ = calibrate_recipe(model.forward, model.params, TOKENS, recipe)
+        assert {quant.granularity for quant in quantized.inputs.values()} == {kind}
+    grouped = {"bits": 8, "granularity": "group", "group_size": 8}
+    quantized, _ = calibrate_recipe(model.forward, model.params, TOKENS, made(weights=grouped, activations=grouped))
+    assert {quant.granularity for quant in quantized.inputs.values()} == {PerGroup(8)}
+
+
+# The percentile search ------------------------------------------------------------------------------------------------
+
+SEARCHED = {"bits": 4, "observer": {"name": "token_quantile", "percentile": "search"}}
+
+
+def cross_entropy(forward, params, masks=None) -> float:
+    total, count = 0.0, 0
+    for i, tokens in enumerate(TOKENS):
+        logits = np.asarray(execute(forward)(params, jnp.asarray(tokens)), np.float64)[:, :-1]
+        nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+        real = np.ones_like(nll, bool) if masks is None else masks[i][:, 1:] & masks[i][:, :-1]
+        total, count = total + nll[real].sum(), count + real.sum()
+    return total / count
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_search_is_the_best_of_the_calibrations_one_by_one(masked):
+    model = tiny_model(OPT)
+    masks = [np.arange(16)[None] < np.array([[16], [11]])] * 2 if masked else None
+    recipe = made(method={"name": "smooth_quant"}, activations=SEARCHED, calibration={"propagate": "full_precision"})
+    found, clipping = calibrate_recipe(model.forward, model.params, TOKENS, recipe, masks=masks)
+    assert clipping is not None and len(clipping.losses) == 20 and clipping.percentiles[1] == 0.995
+    one_by_one = []
+    some = [0, 1, 10, 19]
+    for percentile in (clipping.percentiles[i] for i in some):
+        step = to_step(recipe, percentile)
+        q = calibrate(model.forward, model.params, TOKENS, step, masks=masks, propagate="full_precision")
+        one_by_one.append(cross_entropy(model.forward, q, masks))
+    np.testing.assert_allclose([clipping.losses[i] for i in some], one_by_one, rtol=2e-5)
+    best = calibrate(
+        model.forward,
+        model.params,
+        TOKENS,
+        to_step(recipe, clipping.percentile),
+        masks=masks,
+        propagate="full_precision",
+    )
+    for name, quant in best.inputs.items():
+        np.testing.assert_allclose(found.inputs[name].grid.scale, quant.grid.scale, rtol=1e-5)
+    assert min(clipping.losses) == clipping.losses[clipping.percentiles.index(clipping.percentile)]
+    assert len(set(clipping.losses)) > 2, "the percentiles make a difference"
+
+
+def test_search_refuses_what_it_cannot_do():
+    model = tiny_model(OPT)
+    step = to_step(made())
+    with pytest.raises(ValueError, match="no percentiles"):
+        search_percentile(model.forward, model.params, TOKENS, lambda _: step, [])
+    with pytest.raises(ValueError, match="ranges no activation"):
+        search_percentile(model.forward, model.params, TOKENS, lambda _: step, [1.0])
+
+    def forward(params, tokens):
+        x, _ = jax.lax.scan(lambda x, w: (x @ w, None), params["embed"][tokens], params["layers"])
+        return x @ params["head"]
+
+    params = {"embed": jnp.ones((1024, 4)), "layers": jnp.ones((2, 4, 4)), "head": jnp.ones((4, 1024))}
+    with pytest.raises(ValueError, match=r"layers: inside `lax.scan`"):
+        search_percentile(forward, params, TOKENS, lambda p: to_step(made(activations=SEARCHED), p), [1.0])

@@ -1,0 +1,112 @@
+"""Every model of the zoo: all its weights found and named, run unchanged, quantized, differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq.program.groups import skipped_in
+from jaxq.program.trace import trace
+from tests.zoo.bare import BARE
+from tests.zoo.control import CONTROL
+from tests.zoo.flax_models import FLAX
+from tests.zoo.specimen import Specimen
+from tests.zoo.trees import TREES
+
+ZOO = {make.__name__: make for make in [*BARE, *CONTROL, *TREES, *FLAX]}
+
+
+@pytest.fixture(autouse=True)
+def allow_promotion():
+    """Flax itself broadcasts and promotes."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@cache
+def specimen(name: str) -> Specimen:
+    return ZOO[name]()
+
+
+def all_sites(s: Specimen) -> set[str]:
+    layout = trace(s.forward, s.params, *s.inputs).layout
+    return {site for part in layout.all() for group in part.groups for site in group.sites}
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    return len(a) == len(b) and all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(a, b))
+
+
+def distance(a: Any, b: Any) -> float:
+    """Relative, over all floating outputs."""
+    pairs = [(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)) if jnp.issubdtype(x.dtype, jnp.floating)]
+    error = sum(float(jnp.square(x.astype(jnp.float32) - y.astype(jnp.float32)).sum()) for x, y in pairs)
+    return (error / sum(float(jnp.square(y.astype(jnp.float32)).sum()) for _, y in pairs)) ** 0.5
+
+
+def calibrated(s: Specimen, bits: int) -> jaxq.Quantized:
+    fmt = jaxq.Int(bits)
+    batches = s.batches or (s.inputs,)
+    return jaxq.calibrate(s.forward, s.params, batches, jaxq.quantize(fmt, fmt, attention=fmt, embeddings=fmt))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_weight_is_found_and_named(name):
+    s = specimen(name)
+    program = trace(s.forward, s.params, *s.inputs)
+    assert all_sites(s) == s.sites
+    rows = {row.path: row.reason for row in skipped_in(program.layout)}
+    assert set(rows) == set(s.skipped)
+    assert all(part in rows[path] for path, part in s.skipped.items()), rows
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_unquantized_execution_is_bit_identical(name):
+    s = specimen(name)
+    run: Callable = jaxq.execute(s.forward)
+    assert same_bits(run(s.params, *s.inputs), s.forward(s.params, *s.inputs))
+    assert same_bits(jax.jit(run)(s.params, *s.inputs), jax.jit(s.forward)(s.params, *s.inputs))
+    assert jax.tree.structure(run(s.params, *s.inputs)) == jax.tree.structure(s.forward(s.params, *s.inputs))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_quantized_is_close_and_coarser_is_worse(name):
+    s = specimen(name)
+    run = jax.jit(jaxq.execute(s.forward))
+    errors = {}
+    for bits in (8, 3):
+        q = calibrated(s, bits)
+        quantized = [leaf for leaf in jax.tree.leaves(q.params, is_leaf=is_q) if is_q(leaf)]
+        assert len(quantized) == len({p.partition("#")[0] for p in s.sites if "/dot" not in p})
+        errors[bits] = max(distance(run(q, *b), s.forward(s.params, *b)) for b in s.batches or (s.inputs,))
+    assert 1e-4 < errors[8] < s.bound
+    assert errors[3] > 4 * errors[8]
+
+
+@pytest.mark.parametrize("name", [n for n in ZOO])
+def test_gradients_are_those_of_the_function(name):
+    s = specimen(name)
+    if not s.differentiable:
+        pytest.skip("the parameters hold integers or keys")
+
+    def loss(f):
+        def of(params):
+            outs = [x for x in jax.tree.leaves(f(params, *s.inputs)) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+            return sum(jnp.square(x.astype(jnp.float32)).sum() for x in outs)
+
+        return of
+
+    want, got = jax.grad(loss(s.forward))(s.params), jax.grad(loss(jaxq.execute(s.forward)))(s.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), got, want)
+
+
+def is_q(leaf: Any) -> bool:
+    return isinstance(leaf, jaxq.QTensor)
