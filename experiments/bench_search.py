@@ -120,41 +120,48 @@ def main() -> None:
     args.add_argument("--repeats", type=int, default=3)
     repeats = args.parse_args().repeats
     print(f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, {repeats} repeats")
-    print(f"{'group':10} {'setting':18} {'torch s':>8} {'exhaust.':>9} {'fast':>7} {'ratio':>7} {'first call':>10}  choice")
+    print(
+        f"{'group':10} {'setting':18} {'torch s':>8} {'exhaust.':>9} {'fast':>7} {'ratio':>7} {'first call':>10}  choice"
+    )
     for name, forward, F, columns in (
         ("qkv", attention, torch_attention, 3 * WIDTH),
         ("fc1", linear, torch_linear, 4 * WIDTH),
     ):
-        x, w, b = data(columns)
-        out = WIDTH if name == "qkv" else columns
-        params = {"w": jnp.asarray(w), "b": jnp.asarray(b), "next": jnp.zeros((out, 1))}
-        tx, tw, tb = map(torch.from_numpy, (x, w, b))
-        for setting, (bits, recipe) in RECIPES.items():
-            group = capture(forward, params, jnp.asarray(x), recipe)
-            low, high = channel_range(group)
-            grid = thresholds(low, high, 1.0, 100)
-            objective = as_the_paper(group.objectives)
-            run = {
-                "torch": lambda: torch_search(F, tx, tw, tb, grid, bits, setting),
-                "all": lambda: search_scale(group, objective, grid, low, high, exhaustive()),
-                "fast": lambda: search_scale(group, objective, grid, low, high, coarse_to_fine()),
-            }
-            first, _ = timed(run["fast"])
-            timed(run["all"])
-            times: dict[str, list[float]] = {k: [] for k in run}
-            found = {}
-            for _ in range(repeats):
-                for k, f in run.items():
-                    seconds, found[k] = timed(f)
-                    times[k].append(seconds)
-            t = {k: median(v) for k, v in times.items()}
-            theirs, losses = found["torch"]
-            fast, ours = found["fast"]
-            print(
-                f"{name:10} {setting:18} {t['torch']:8.2f} {t['all']:9.2f} {t['fast']:7.2f} {t['torch'] / t['fast']:6.1f}x "
-                f"{first:9.2f}s  torch {theirs}, exhaustive {found['all'][0]}, fast {fast}; "
-                f"torch's loss of the fast choice / of its own: {losses[fast] / losses[theirs]:.5f}; tried {np.isfinite(ours).sum()} of {len(grid)}"
-            )
+        for setting in RECIPES:
+            compare(name, forward, F, columns, setting, repeats)
+
+
+def compare(name, forward, F, columns: int, setting: str, repeats: int) -> None:
+    bits, recipe = RECIPES[setting]
+    x, w, b = data(columns)
+    out = WIDTH if name == "qkv" else columns
+    params = {"w": jnp.asarray(w), "b": jnp.asarray(b), "next": jnp.zeros((out, 1))}
+    tx, tw, tb = map(torch.from_numpy, (x, w, b))
+    group = capture(forward, params, jnp.asarray(x), recipe)
+    low, high = channel_range(group)
+    grid = thresholds(low, high, 1.0, 100)
+    objective = as_the_paper(group.objectives)
+    run = {
+        "torch": lambda: torch_search(F, tx, tw, tb, grid, bits, setting),
+        "all": lambda: search_scale(group, objective, grid, low, high, exhaustive()),
+        "fast": lambda: search_scale(group, objective, grid, low, high, coarse_to_fine()),
+    }
+    first, _ = timed(run["fast"])
+    timed(run["all"])
+    times: dict[str, list[float]] = {k: [] for k in run}
+    found = {}
+    for _ in range(repeats):
+        for k, f in run.items():
+            seconds, found[k] = timed(f)
+            times[k].append(seconds)
+    t = {k: median(v) for k, v in times.items()}
+    theirs, losses = found["torch"]
+    fast, ours = found["fast"]
+    print(
+        f"{name:10} {setting:18} {t['torch']:8.2f} {t['all']:9.2f} {t['fast']:7.2f} {t['torch'] / t['fast']:6.1f}x "
+        f"{first:9.2f}s  torch {theirs}, all {found['all'][0]}, fast {fast}; torch's loss of fast's "
+        f"choice / of its own: {losses[fast] / losses[theirs]:.5f}; {np.isfinite(ours).sum()} of {len(grid)} tried"
+    )
 
 
 if __name__ == "__main__":

@@ -11,3 +11,31 @@ from jaxq.sites import SiteRow, Sites, sites
 from jaxq.steps import chain, gamma_migration, os_plus, partition, quantize, skip, smooth_quant
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "FoldError",
+    "InputQuant",
+    "Int",
+    "QTensor",
+    "Quantized",
+    "Quantizer",
+    "SiteRow",
+    "Sites",
+    "calibrate",
+    "chain",
+    "coarse_to_fine",
+    "execute",
+    "exhaustive",
+    "fold",
+    "gamma_migration",
+    "os_plus",
+    "partition",
+    "per_channel",
+    "per_group",
+    "per_tensor",
+    "per_token",
+    "quantize",
+    "sites",
+    "skip",
+    "smooth_quant",
+]

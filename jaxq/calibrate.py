@@ -38,7 +38,7 @@ def calibrate(
       batches: sample inputs, a tuple of inputs each (or the one input itself), all of the same shapes. All of them are
         walked together, microbatch by microbatch.
       recipe: a step, usually `chain(os_plus(), quantize(...))`.
-      masks: for each batch a bool array [batch, tokens], False where a token is padding: such tokens enter no statistic.
+      masks: for each batch a bool array [batch, tokens], False for padding, which enters no statistic.
       propagate: whether a group sees what the quantized groups before it give, or what the original ones do.
       on_group: called with each finished group, for progress bars and reports.
 
@@ -92,7 +92,7 @@ def _check(batches: list[Any], masks: Sequence[Any] | None) -> None:
         raise ValueError(f"calibrate: {len(masks)} masks for {len(batches)} batches")
     for i, mask in enumerate(masks):
         if np.ndim(mask) != 2 or not any(shape[:2] == np.shape(mask) for shape, _ in shapes[i]):
-            raise ValueError(f"calibrate: mask {i} has shape {np.shape(mask)}; an input of [batch, tokens, ...] must match")
+            raise ValueError(f"calibrate: mask {i} has shape {np.shape(mask)}; no input [batch, tokens, ...] has it")
         if not np.asarray(mask).any():
             raise ValueError(f"calibrate: mask {i} marks every token as padding")
 

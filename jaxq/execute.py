@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.core import Tracer
 
 from jaxq.contraction import apply_input
 from jaxq.program import _compat
@@ -71,13 +72,15 @@ def _check_left_out(layout: Layout, inputs: dict[str, InputQuant]) -> None:
     wanted = {site for quant in inputs.values() for site in quant.sites} - found
     for row in skipped_in(layout) if wanted else []:
         if lost := wanted.intersection(row.path.split(", ")):
-            raise ValueError(f"{min(lost)}: its input was calibrated to be quantized, but in this function {row.reason}")
+            raise ValueError(
+                f"{min(lost)}: its input was calibrated to be quantized, but in this function {row.reason}"
+            )
 
 
 def _cached(programs: dict, forward: Callable, params: Any, inputs: tuple) -> Program:
     """Eager calls trace once for each set of shapes; under a transformation the trace may hold its tracers."""
     leaves, tree = jax.tree.flatten((params, inputs), is_leaf=is_qtensor)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, inputs))):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, inputs))):
         return trace(forward, params, *inputs)
     key = (tree, tuple((s.shape, s.dtype, s.weak_type) for s in map(abstract, leaves)))
     if key not in programs:
@@ -108,9 +111,7 @@ def _for_site(group: GroupPlan, member: Any, name: str) -> GroupPlan:
     return GroupPlan(name, group.kind, group.x, group.x_axes, (member,), group.start, group.x_shape)
 
 
-def interpret(
-    closed: Any, args: list[Any], plan: Plan, inputs: dict[str, InputQuant], at: Address = ()
-) -> list[Any]:
+def interpret(closed: Any, args: list[Any], plan: Plan, inputs: dict[str, InputQuant], at: Address = ()) -> list[Any]:
     """Evaluates a jaxpr, quantizing at the contractions of `plan` and leaving everything else as it is."""
     env: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     env.update(zip(closed.jaxpr.invars, args, strict=True))

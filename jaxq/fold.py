@@ -53,11 +53,14 @@ def absorb(plan: GroupPlan, leaves: Leaves, transform: Transform) -> tuple[Leave
 
 def rescaled(plan: GroupPlan, transform: Transform, inputs: dict[str, InputQuant]) -> dict[str, InputQuant]:
     """The earlier inputs whose run-time output bias goes with columns that `absorb` divided."""
-    changed = {}
-    for edit in (plan.fold.scale or ()) if transform.scale is not None else ():
+    changed: dict[str, InputQuant] = {}
+    if transform.scale is None:
+        return changed
+    scale = along(transform.scale, plan.x_axes, len(plan.x_shape))
+    for edit in plan.fold.scale or ():
         for name, quant in inputs.items():
             if edit.columns and edit.path in quant.bias:
-                s = pull(edit.to_output, along(transform.scale, plan.x_axes, len(plan.x_shape)))
+                s = pull(edit.to_output, scale)
                 bias = {**quant.bias, edit.path: quant.bias[edit.path] / s.astype(quant.bias[edit.path].dtype)}
                 changed[name] = replace(quant, bias=bias)
     return changed

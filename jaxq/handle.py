@@ -152,7 +152,8 @@ def _fold(place: Place, plan: GroupPlan, whole: Transform) -> tuple[Transform, f
     error = float(_fold_error(plan.x_axes, whole, rest, before, after))
     limit = TOLERANCE.get(str(before.dtype), 1e-3)
     if not error <= limit:
-        raise FoldError(f"{plan.name}: folding into {', '.join(changed)} changed the activation by {error:.2g} of its size")
+        into = ", ".join(changed)
+        raise FoldError(f"{plan.name}: folding into {into} changed the activation by {error:.2g} of its size")
     return rest, error
 
 

@@ -1,11 +1,11 @@
-"""The pytree leaves of a quantized model: weights that hold codes, and inputs that say how an activation is quantized."""
+"""The leaves of a quantized model: weights that hold codes, and inputs that say how an activation is quantized."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
-from typing import Any, get_args
+from typing import Any, TypeVar, dataclass_transform, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,20 +37,27 @@ class PerGroup:
 
 
 Granularity = PerTensor | PerChannel | PerToken | PerGroup
+T = TypeVar("T")
 FORMATS: tuple[type, ...] = get_args(Format) or (Format,)
 
 
-def pytree(cls: type) -> type:
+def static(**kwargs: Any) -> Any:
+    return field(metadata={"static": True}, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field, static))
+def pytree(cls: type[T]) -> type[T]:
     """A frozen dataclass as a pytree, which `jax.export` can serialize too; fields with `metadata={"static": True}` are
     part of the tree's structure."""
     cls = jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
-    return register_pytree_node_serialization(
+    register_pytree_node_serialization(
         cls,
         serialized_name=f"jaxq.{cls.__name__}",
         serialize_auxdata=lambda statics: json.dumps([_described(value) for value in statics]).encode(),
         deserialize_auxdata=lambda text: tuple(_restored(value) for value in json.loads(text)),
-        from_children=partial(_with_children, cls),
+        from_children=lambda aux_data, children: _with_children(cls, aux_data, children),
     )
+    return cls
 
 
 def _described(value: Any) -> Any:
@@ -71,14 +78,10 @@ def _restored(value: Any) -> Any:
     return known[value["type"]](**value["fields"])
 
 
-def _with_children(cls: type, statics: tuple, children: tuple) -> Any:
+def _with_children(cls: type, statics: Any, children: Sequence[Any]) -> Any:
     names = [f.name for f in fields(cls) if not f.metadata.get("static")]
     fixed = [f.name for f in fields(cls) if f.metadata.get("static")]
     return cls(**dict(zip(names, children)), **dict(zip(fixed, statics)))
-
-
-def static(**kwargs: Any) -> Any:
-    return field(metadata={"static": True}, **kwargs)
 
 
 @pytree

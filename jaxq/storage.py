@@ -147,8 +147,9 @@ def _describe_array(array: Any, at: str, arrays: dict[str, np.ndarray]) -> list[
         raise ValueError(f"{at.strip('/')}: {array.dtype} cannot be stored; random keys: jax.random.key_data")
     host = np.asarray(array)
     # TensorStore does not know every type of 8 and fewer bits (uint4): they go as bytes, the JSON says what they are.
-    key = f"{len(arrays)}.{re.sub(r'[^A-Za-z0-9_]+', '.', at.strip('/'))}"
-    if host.size:  # Orbax refuses arrays without elements, and the JSON says all there is to say of them
+    key = ""  # Orbax refuses arrays without elements, and the JSON says all there is to say of them
+    if host.size:
+        key = f"{len(arrays)}.{re.sub(r'[^A-Za-z0-9_]+', '.', at.strip('/'))}"
         arrays[key] = host.view(np.uint8) if host.dtype.itemsize == 1 else host
     return [key, host.dtype.name, list(host.shape), zlib.crc32(host.tobytes())]
 

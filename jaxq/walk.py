@@ -227,8 +227,13 @@ def _loop(place: Place, node: Node, labels: list[Labels]) -> None:
     elif node.name == "cond":
         _cond(place, node, labels)
     else:
-        names = [g.name for (i, _), body in place.layout.bodies.items() if i == node.index
-                 for part in body.all() for g in touched(place.walk, part)]
+        names = [
+            g.name
+            for (i, _), body in place.layout.bodies.items()
+            if i == node.index
+            for part in body.all()
+            for g in touched(place.walk, part)
+        ]
         raise ValueError(
             f"{names[0]}: inside a while loop, whose number of passes is not known, so no statistics can be collected; "
             "use lax.scan (or fori_loop with static bounds), or leave it out with a `skip` pattern"
@@ -253,8 +258,10 @@ def _scan(place: Place, node: Node, labels: list[Labels]) -> None:
             xs = [None if a is None else a[i] for a in ops[outside:]]
             envs.append(_env(body, [*ops[: split.consts], *carry, *xs]))
         inner, bodies = label(body.graph, labels)
-        outs = walk_graph(replace(place, layout=body, envs=envs, labels=inner, leaves=leaves, found=found,
-                                  running=defaultdict(list)), bodies)
+        outs = walk_graph(
+            replace(place, layout=body, envs=envs, labels=inner, leaves=leaves, found=found, running=defaultdict(list)),
+            bodies,
+        )
         carries = [out[: split.carry] for out in outs]
         changed = {p: leaves.current[p] for p in stacked if leaves.current[p] is not before[p]}
         place.leaves.current.update({p: x for p, x in leaves.current.items() if p not in stacked})
@@ -293,13 +300,19 @@ def _cond(place: Place, node: Node, labels: list[Labels]) -> None:
         mine = [m for m, branch in enumerate(taken) if branch == i]
         if not mine and (missed := [g for part in body.all() for g in touched(place.walk, part)]):
             raise ValueError(
-                f"{missed[0].name}: no calibration batch takes branch {i} of the `cond` that holds it; add a batch that "
-                "does, or leave it out with a `skip` pattern"
+                f"{missed[0].name}: no calibration batch takes branch {i} of the `cond` that holds it; add a batch "
+                "that does, or leave it out with a `skip` pattern"
             )
         if not mine:
             continue
         inner, bodies = label(body.graph, labels)
-        there = replace(place, layout=body, envs=[_env(body, operands[m][1:]) for m in mine], labels=inner,
-                        which=tuple(place.which[m] for m in mine), running=defaultdict(list))
+        there = replace(
+            place,
+            layout=body,
+            envs=[_env(body, operands[m][1:]) for m in mine],
+            labels=inner,
+            which=tuple(place.which[m] for m in mine),
+            running=defaultdict(list),
+        )
         for m, out in zip(mine, walk_graph(there, bodies), strict=True):
             place.envs[m].update(zip(node.outs, out, strict=True))

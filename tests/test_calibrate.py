@@ -83,7 +83,9 @@ def test_padding_changes_nothing(split):
     """Ranges and scales are those of the samples without padding, attention's operands in heads layouts included."""
     params, samples, batch, mask = padded()
     recipe = jaxq.chain(jaxq.smooth_quant(), jaxq.quantize(weights=None, attention=jaxq.Int(8)))
-    batches, masks = ([batch], [mask]) if not split else ([batch[:1], batch[1:2], batch[2:]], [mask[:1], mask[1:2], mask[2:]])
+    batches, masks = (
+        ([batch], [mask]) if not split else ([batch[:1], batch[1:2], batch[2:]], [mask[:1], mask[1:2], mask[2:]])
+    )
     got = jaxq.calibrate(model, params, batches, recipe, masks=masks, propagate="full_precision")
     alone = [jaxq.calibrate(model, params, [s], recipe, propagate="full_precision") for s in samples]
     assert len(got.transforms) >= 5
@@ -129,7 +131,9 @@ def test_a_stack_and_its_layers_one_by_one_give_the_same():
     one, other = jaxq.calibrate(model, params, [t], recipe), jaxq.calibrate(scanned, stacked, [t], recipe)
     layers = jax.tree.map(lambda *a: jnp.stack(a), *one.params["layers"])
     same(other.params["layers"], layers, rtol=1e-4, atol=1.01)
-    codes = jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).mean() if a.dtype == jnp.int8 else 0.0, layers, other.params["layers"]))
+    codes = jax.tree.leaves(
+        jax.tree.map(lambda a, b: (a != b).mean() if a.dtype == jnp.int8 else 0.0, layers, other.params["layers"])
+    )
     assert max(map(float, codes)) < 0.01
     for name, quant in other.inputs.items():
         if name.startswith("layers"):
@@ -141,7 +145,7 @@ def test_a_stack_and_its_layers_one_by_one_give_the_same():
     np.testing.assert_allclose(jaxq.execute(scanned)(other, t), jaxq.execute(model)(one, t), rtol=0.02, atol=0.05)
 
 
-# Memory and compilation ------------------------------------------------------------------------------------------------
+# Memory and compilation ---------------------------------------------------------------------------------------------
 
 
 class OnDisk:
@@ -158,7 +162,9 @@ class OnDisk:
 
 def test_a_parameter_is_read_when_its_equation_runs():
     params, log, seen = params_of(4), [], {}
-    lazy = jax.tree_util.tree_map_with_path(lambda k, a: OnDisk(a, jax.tree_util.keystr(k, simple=True, separator="/"), log), params)
+    lazy = jax.tree_util.tree_map_with_path(
+        lambda k, a: OnDisk(a, jax.tree_util.keystr(k, simple=True, separator="/"), log), params
+    )
 
     def on_group(group: Group) -> None:
         seen[group.plan.name] = set(log)
@@ -167,7 +173,9 @@ def test_a_parameter_is_read_when_its_equation_runs():
     q = jaxq.calibrate(model, lazy, [tokens(3, 2, 6)], recipe, on_group=on_group)
     for name, read in seen.items():
         if name.startswith("layers/"):
-            assert {p for p in read if p.startswith("layers/")} <= {p for p in log if p.split("/")[:2] <= name.split("/")[:2]}
+            assert {p for p in read if p.startswith("layers/")} <= {
+                p for p in log if p.split("/")[:2] <= name.split("/")[:2]
+            }
             assert not {p for p in read if p.startswith("head")}
     assert all(isinstance(leaf, OnDisk) for leaf in jax.tree.leaves(q.params["layers"][1]))
     assert q.params["layers"][1]["fc1"]["kernel"] is lazy["layers"][1]["fc1"]["kernel"]
@@ -217,7 +225,7 @@ def test_more_layers_compile_nothing_more_in_a_search():
     assert compilations(3, recipe) == compilations(12, recipe)
 
 
-# What can be wrong -----------------------------------------------------------------------------------------------------
+# What can be wrong ----------------------------------------------------------------------------------------------------
 
 
 def two(p, x):

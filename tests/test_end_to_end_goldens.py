@@ -26,7 +26,8 @@ GOLDENS = Path(__file__).resolve().parents[1] / "../shared/goldens"
 pytestmark = pytest.mark.skipif(not GOLDENS.exists(), reason="the published code's numbers (../shared) are not here")
 
 OPT = {"model_type": "opt", "hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "ffn_dim": 96,
-       "vocab_size": 160, "max_position_embeddings": 64, "word_embed_proj_dim": 48, "tie_word_embeddings": True}  # fmt: skip
+       "vocab_size": 160, "max_position_embeddings": 64, "word_embed_proj_dim": 48,
+       "tie_word_embeddings": True}  # fmt: skip
 LLAMA = {"model_type": "llama", "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4,
          "num_hidden_layers": 2, "intermediate_size": 80, "vocab_size": 160, "max_position_embeddings": 64,
          "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}  # fmt: skip

@@ -40,7 +40,8 @@ def quantized():
 def by_hand(q: jaxq.Quantized, x: jax.Array) -> jax.Array:
     def layer(x, name):
         quant = q.inputs[f"{name}/kernel"]
-        x = fake_quant(quant.format, x, *(jnp.full((1,) * x.ndim, a) for a in (quant.grid.scale, quant.grid.zero) if a is not None), *([None] if quant.grid.zero is None else []))  # fmt: skip
+        assert quant.grid.zero is None
+        x = fake_quant(quant.format, x, quant.grid.scale.reshape(1, 1, 1), None)
         w, b = q.params[name]["kernel"].dequantize(), q.params[name]["bias"]
         return x @ w + b[None, None]
 

@@ -51,7 +51,9 @@ def check(forward, params, *inputs, layers=(), plain: bool | None = None, seed: 
     got = jaxq.execute(forward)(folded, *inputs)
     np.testing.assert_allclose(got, want, rtol=tol, atol=tol * float(jnp.abs(want).max()))
     if not folded.inputs:
-        np.testing.assert_array_equal(jax.jit(forward)(folded.params, *inputs), jax.jit(jaxq.execute(forward))(folded, *inputs))
+        np.testing.assert_array_equal(
+            jax.jit(forward)(folded.params, *inputs), jax.jit(jaxq.execute(forward))(folded, *inputs)
+        )
     if transforms:
         before, after = dict(named_leaves(params)), dict(named_leaves(folded.params))
         assert any(not np.array_equal(before[p], after[p]) for p in before)
@@ -209,7 +211,10 @@ def test_inside_a_scan_layer_by_layer(make, forward):
     found = groups(f, params, X)
     assert sum(g.fold.scale is not None for g in found.values()) >= 3
     folded = check(f, params, X, layers=(3,))
-    assert all(leaf.shape == params_leaf.shape for leaf, params_leaf in zip(jax.tree.leaves(folded.params), jax.tree.leaves(params)))
+    assert all(
+        leaf.shape == params_leaf.shape
+        for leaf, params_leaf in zip(jax.tree.leaves(folded.params), jax.tree.leaves(params))
+    )
 
 
 def test_what_all_layers_of_a_scan_share_is_not_folded():
@@ -352,10 +357,17 @@ def test_fold_names_an_unknown_group():
         jaxq.fold(pre_norm, PRE_NORM, {"nonsense": Transform(None, jnp.ones(16))}, tokens(0, 2, 5))
 
 
-# Random programs -------------------------------------------------------------------------------------------------------
+# Random programs ------------------------------------------------------------------------------------------------------
 
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "square": jnp.square, "negative": jnp.negative,
-               "double": lambda x: x + x, "halve": lambda x: x * jnp.float32(0.5), "offset": lambda x: x + jnp.float32(1)}  # fmt: skip
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "square": jnp.square,
+    "negative": jnp.negative,
+    "double": lambda x: x + x,
+    "halve": lambda x: x * jnp.float32(0.5),
+    "offset": lambda x: x + jnp.float32(1),
+}
 
 
 @dataclass(frozen=True)
@@ -387,7 +399,9 @@ def random_program(ops: list[Op]) -> tuple[Any, dict]:
         if op.name == "linear":
             params.setdefault(name, linear_params(i, 8, 8, bias=op.bias))
         if op.name == "gate":
-            params.setdefault(name, {"g": linear_params(i, 8, 8, bias=op.bias), "u": linear_params(i + 50, 8, 8, bias=op.bias)})
+            params.setdefault(
+                name, {"g": linear_params(i, 8, 8, bias=op.bias), "u": linear_params(i + 50, 8, 8, bias=op.bias)}
+            )
 
     def forward(p, x):
         seen = [x]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxq
@@ -15,15 +15,14 @@ from jaxq.qtensor import PerToken
 from jaxq.quantizer import fake_quantize_weight, quantize_weight, weight_grid
 from tests.zoo.specimen import normal
 
-SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=4).flatmap(
-    lambda shape: st.tuples(
-        st.just(tuple(shape)),
-        st.lists(st.integers(0, len(shape) - 1), min_size=1, max_size=len(shape), unique=True).map(sorted).map(tuple),
-    )
+# Few shapes: each is a compilation.
+SHAPES = st.sampled_from(
+    [((5,), (0,)), ((4, 3), (0,)), ((3, 4), (1,)), ((2, 3, 4), (0, 1)), ((4, 2, 3), (0,)), ((2, 3, 1, 4), (1, 3))]
 )
 FORMATS = st.builds(jaxq.Int, st.integers(2, 8), st.booleans())
 
 
+@settings(max_examples=20)
 @given(SHAPES, FORMATS)
 def test_one_grid_for_each_output_channel(shape_axes, fmt):
     shape, axes = shape_axes
@@ -38,6 +37,7 @@ def test_one_grid_for_each_output_channel(shape_axes, fmt):
         np.testing.assert_array_equal(grid.zero, zero)
 
 
+@settings(max_examples=20)
 @given(SHAPES, FORMATS)
 def test_one_grid_for_the_tensor(shape_axes, fmt):
     shape, axes = shape_axes
@@ -47,7 +47,9 @@ def test_one_grid_for_the_tensor(shape_axes, fmt):
     np.testing.assert_array_equal(grid.scale.ravel()[0], grid_from_range(fmt, w.min(), w.max())[0])
 
 
-@pytest.mark.parametrize(("shape", "axes"), [((8, 3), (0,)), ((3, 8), (1,)), ((2, 8, 3), (0, 1)), ((8, 2, 3), (0,)), ((4, 8), (0, 1))])
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((8, 3), (0,)), ((3, 8), (1,)), ((2, 8, 3), (0, 1)), ((8, 2, 3), (0,)), ((4, 8), (0, 1))]
+)
 def test_one_grid_for_each_run_of_channels(shape, axes):
     """Runs lie along the last summed axis; each index of the others has its own."""
     w, fmt = normal(0, *shape), jaxq.Int(4)
@@ -58,6 +60,7 @@ def test_one_grid_for_each_run_of_channels(shape, axes):
     np.testing.assert_array_equal(grid.scale, grid_from_range(fmt, runs.min(last + 1), runs.max(last + 1))[0])
 
 
+@settings(max_examples=20)
 @given(SHAPES, FORMATS, st.sampled_from([jnp.float32, jnp.bfloat16]))
 def test_codes_stand_for_the_fake_quantized_weight(shape_axes, fmt, dtype):
     """Law 2 for weights, whatever the layout; and what a search tries is what is stored in the end."""

@@ -20,7 +20,7 @@ def counted(curve):
 
 @given(st.integers(1, 150), st.floats(0, 150), st.integers(0, 3))
 def test_on_a_curve_with_one_valley_both_agree(count: int, valley: float, power: int) -> None:
-    losses, asked = counted(lambda c: np.abs(c - valley) ** (1 + power / 2) + 1)
+    losses, _ = counted(lambda c: np.abs(c - valley) ** (1 + power / 2) + 1)
     grid = np.arange(count, dtype=float)
     best, tried = search(coarse_to_fine(), grid, losses)
     slow, all_tried = search(exhaustive(), grid, losses)

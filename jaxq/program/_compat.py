@@ -9,7 +9,18 @@ from jax.extend import core
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 INLINED = frozenset(
-    "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr".split()
+    [
+        "jit",
+        "pjit",
+        "closed_call",
+        "core_call",
+        "remat",
+        "remat2",
+        "checkpoint",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "custom_vjp_call_jaxpr",
+    ]
 )
 REMAT = frozenset({"remat", "remat2", "checkpoint"})
 LOOPS = frozenset({"scan", "while", "cond"})

@@ -139,7 +139,9 @@ def _shift_edits(chase: Chase, v: Operand, probe: np.ndarray, pulls: tuple[Pull,
         raise Unfoldable(f"no bias on the way: made by {node.name}")
 
 
-def _first(chase: Chase, operands: tuple[Operand, ...], probe: np.ndarray, pulls: tuple, query=_scale_edits) -> list[Edit]:
+def _first(
+    chase: Chase, operands: tuple[Operand, ...], probe: np.ndarray, pulls: tuple, query=_scale_edits
+) -> list[Edit]:
     """One operand suffices; a parameter is asked first."""
     reasons = []
     for operand in sorted(operands, key=lambda o: chase.graph.leaf(o) is None):
@@ -183,7 +185,7 @@ def _only(chase: Chase, v: Operand) -> Operand:
 def _fit(chase: Chase, operand: Operand, probe: np.ndarray) -> np.ndarray:
     """Elementwise operands of size 1 are broadcast without an equation of their own."""
     shape = chase.graph.avals[operand].shape if isinstance(operand, int) else np.shape(operand.value)
-    if len(shape) == probe.ndim and any(n == 1 < p for n, p in zip(shape, probe.shape)) or not shape:
+    if not shape or (len(shape) == probe.ndim and any(n == 1 < p for n, p in zip(shape, probe.shape))):
         raise Unfoldable("a factor with one value for all channels is on the way")
     return probe
 
@@ -207,8 +209,8 @@ def _columns(graph: Graph, node: Node) -> tuple[int, Columns] | None:
 
 def output_columns(graph: Graph, node: Node, w: int) -> Columns:
     (contract, batch) = node.params["dimension_numbers"]
-    ndim = len(graph.avals[node.ins[w]].shape)
-    other = len(graph.avals[node.ins[1 - w]].shape) - len(contract[1 - w]) - len(batch[1 - w])
+    ndim = len(graph.shape(node.ins[w]))
+    other = len(graph.shape(node.ins[1 - w])) - len(contract[1 - w]) - len(batch[1 - w])
     free = [i for i in range(ndim) if i not in contract[w] and i not in batch[w]]
     start = len(batch[w]) + (other if w == 1 else 0)
     where = {i: k for k, i in enumerate(batch[w])} | {i: start + k for k, i in enumerate(free)}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from jaxq.program import _compat
@@ -66,14 +67,15 @@ class Node:
 
 @dataclass
 class Graph:
-    """Nodes in program order; `same[v]` is the first value that provably equals `v`."""
+    """Nodes in program order; `same[v]` is the first value that provably equals `v`; `closed` are the arrays that the
+    function closes over, and what is made of them alone."""
 
     nodes: list[Node] = field(default_factory=list)
     avals: list[Any] = field(default_factory=list)
     refs: dict[int, Ref] = field(default_factory=dict)
     derived: dict[int, Derived] = field(default_factory=dict)
     consts: dict[int, Any] = field(default_factory=dict)
-    closed: set[int] = field(default_factory=set)  # arrays that the function closes over, and what is made of them alone
+    closed: set[int] = field(default_factory=set)
     from_params: set[int] = field(default_factory=set)
     from_inputs: set[int] = field(default_factory=set)
     picked: set[int] = field(default_factory=set)
@@ -85,6 +87,9 @@ class Graph:
     def new(self, aval: Any) -> int:
         self.avals.append(aval)
         return len(self.avals) - 1
+
+    def shape(self, v: Operand) -> tuple[int, ...]:
+        return tuple(self.avals[v].shape) if isinstance(v, int) else tuple(np.shape(v.value))
 
     def leaf(self, v: Operand) -> Ref | None:
         return self.refs.get(v) if isinstance(v, int) else None
@@ -147,7 +152,9 @@ def _set_kind(graph: Graph, v: int, kind: Kind) -> None:
             graph.from_params.add(v)
 
 
-def _inline(graph: Graph, closed: ClosedJaxpr, args: list[Operand], at: tuple[int, ...], numbered: dict) -> list[Operand]:
+def _inline(
+    graph: Graph, closed: ClosedJaxpr, args: list[Operand], at: tuple[int, ...], numbered: dict
+) -> list[Operand]:
     env: dict[Any, Operand] = dict(zip(closed.jaxpr.invars, args, strict=True))
     for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
         v = graph.new(var.aval)

@@ -98,6 +98,7 @@ def _same_input(graph: Graph, sites: list[Site]) -> list[list[Site]]:
             found[site.path, "lookup", site.node] = [site]
         else:
             x = graph.nodes[site.node].ins[site.operands.x]
+            assert isinstance(x, int)
             found.setdefault((graph.root(x), site.operands.x_axes, site.kind), []).append(site)
     return list(found.values())
 

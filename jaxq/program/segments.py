@@ -82,7 +82,7 @@ def _renumber(graph: Graph, nodes: list[Node], writes: tuple[int, ...], stop: se
         ins = tuple(use(v) for v in node.ins)
         outs = tuple(-1 if v in stop else number.setdefault(v, len(number)) for v in node.outs)
         ops.append(Op(node.eqn, ins, outs))
-    outputs = tuple(use(v) for v in writes)
+    outputs = tuple(n for v in writes if isinstance(n := use(v), int))
     key = (
         tuple((op.eqn.primitive.name, tuple(map(_print, op.ins)), op.outs, _print(op.eqn.params)) for op in ops),
         tuple((number[v], str(graph.avals[v])) for v in reads),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxq.program import _compat
-from jaxq.program.graph import Const, Graph, Node, Operand, Ref
 from jaxq.program.fold import output_columns
+from jaxq.program.graph import Const, Graph, Node, Operand, Ref
 from jaxq.program.views import Reshape, Transpose, ViewError, factor_groups
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
@@ -96,7 +96,7 @@ def _classify(graph: Graph, node: Node, feeds: _Feeds) -> Site | Skipped | None:
 
 def _contraction(graph: Graph, node: Node, feeds: _Feeds) -> Site | Skipped | None:
     left, right = node.ins[0], node.ins[1]
-    shapes = (_shape(graph, left), _shape(graph, right), tuple(graph.avals[node.outs[0]].shape))
+    shapes = (graph.shape(left), graph.shape(right), tuple(graph.avals[node.outs[0]].shape))
     floating = all(_is_float(graph, v) for v in (left, right))
     for x, w in ((0, 1), (1, 0)):
         ref = graph.leaf(node.ins[w])
@@ -110,7 +110,7 @@ def _contraction(graph: Graph, node: Node, feeds: _Feeds) -> Site | Skipped | No
         operands = _operands(node, 0, 1)
         if operands.x_axes and node.name == "dot_general":
             return Site(feeds.name(left, right), "attention", node.index, operands, shapes)
-    closed_over = any(_is_closed(graph, v) and len(_shape(graph, v)) > 1 for v in (left, right))
+    closed_over = any(_is_closed(graph, v) and len(graph.shape(v)) > 1 for v in (left, right))
     if closed_over and any(graph.is_activation(v) for v in (left, right)):
         return Skipped("(closed over)", node.name, shapes, "the weight is closed over: pass it in the params")
     return None
@@ -124,7 +124,8 @@ def _why_left_out(graph: Graph, operands: tuple[Operand, Operand]) -> str:
         return "the other operand is a constant of the program: no activation to calibrate on"
     if any(isinstance(v, int) and v in graph.picked for v in operands):
         return "the weight is picked by a traced index: scan over it"
-    made = next((graph.producer[v].name for v in operands if graph.is_derived(v) and v in graph.producer), None)
+    derived = [v for v in operands if isinstance(v, int) and graph.is_derived(v) and v in graph.producer]
+    made = next((graph.producer[v].name for v in derived), None)
     if made is None:
         return "the weight is computed from parameters before the loop, or its layers do not lie along the first axis"
     return f"the weight is computed from parameters (by {made}), not one itself"
@@ -142,7 +143,7 @@ def _is_closed(graph: Graph, v: Operand) -> bool:
 def _linear(graph: Graph, node: Node, ref: Ref, x: int, w: int, shapes: tuple) -> Site | Skipped:
     kind = {"dot_general": "linear", "conv_general_dilated": "conv", "ragged_dot_general": "ragged"}[node.name]
     if not _is_float(graph, node.ins[w]):
-        return Skipped(ref.path, kind, shapes, f"the weight has dtype {graph.avals[node.ins[w]].dtype}, not a float")
+        return Skipped(ref.path, kind, shapes, f"the weight has dtype {_dtype(graph, node.ins[w])}, not a float")
     if node.name != "dot_general" and w == 0:
         return Skipped(ref.path, kind, shapes, "the parameter is the contraction's left operand")
     operands = _operands(node, x, w)
@@ -160,7 +161,7 @@ def _linear(graph: Graph, node: Node, ref: Ref, x: int, w: int, shapes: tuple) -
 def _lookup(graph: Graph, node: Node) -> Site | None:
     ref = graph.leaf(node.ins[0])
     assert ref is not None
-    shape = _shape(graph, node.ins[0])
+    shape = graph.shape(node.ins[0])
     if len(shape) < 2 or not _is_float(graph, node.ins[0]):
         return None
     rows = tuple(node.params["dimension_numbers"].start_index_map)
@@ -169,18 +170,20 @@ def _lookup(graph: Graph, node: Node) -> Site | None:
         leaf_axes = leaf_axes_of(ref, summed, len(shape))
     except ViewError:
         return None
-    shapes = (_shape(graph, node.ins[1]), shape, tuple(graph.avals[node.outs[0]].shape))
+    shapes = (graph.shape(node.ins[1]), shape, tuple(graph.avals[node.outs[0]].shape))
     return Site(ref.path, "lookup", node.index, Operands(1, 0, (), (), summed), shapes, ref, leaf_axes)
 
 
 def _opaque(graph: Graph, node: Node, feeds: _Feeds) -> Skipped | None:
     """A primitive that jaxq does not open (shard_map, pallas_call, ...) and that reads a parameter."""
     inner = _compat.nested_jaxprs(node.eqn)
-    weights = [v for v in node.ins if _of_params(graph, v) and len(_shape(graph, v)) > 1]
+    weights = [v for v in node.ins if _of_params(graph, v) and len(graph.shape(v)) > 1]
     if not inner or not weights or not any(_contracts(c) for c in inner):
         return None
-    shapes = tuple(_shape(graph, v) for v in node.ins)
-    return Skipped(feeds.all_paths(*weights), node.name, shapes, f"a contraction inside {node.name}, which jaxq does not open")
+    shapes = tuple(graph.shape(v) for v in node.ins)
+    return Skipped(
+        feeds.all_paths(*weights), node.name, shapes, f"a contraction inside {node.name}, which jaxq does not open"
+    )
 
 
 def _contracts(closed: Any) -> bool:
@@ -196,9 +199,12 @@ def _operands(node: Node, x: int, w: int) -> Operands:
         grouped = node.params["feature_group_count"] > 1 or node.params["batch_group_count"] > 1
         channel = () if grouped else (dims.rhs_spec[1],)
         return Operands(0, 1, (dims.lhs_spec[1],), channel, reduced)
-    numbers = node.params.get("dimension_numbers")
-    if node.name == "ragged_dot_general":
-        numbers = node.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    ragged = node.name == "ragged_dot_general"
+    numbers = (
+        node.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        if ragged
+        else node.params["dimension_numbers"]
+    )
     contract = numbers[0]
     return Operands(x, w, tuple(contract[x]), tuple(contract[w]), tuple(contract[w]))
 
@@ -255,7 +261,6 @@ class _Feeds:
             return paths[0].rpartition("/")[0] or paths[0]
         return commonpath(paths)
 
-
     def all_paths(self, *operands: Operand) -> str:
         """The parameters that an operand is or is made of, one by one."""
         made = [v for v in operands if _of_params(self.graph, v)]
@@ -263,13 +268,13 @@ class _Feeds:
 
 
 def commonpath(paths: list[str]) -> str:
-    return "/".join(commonprefix([p.split("/") for p in paths]))  # type: ignore[type-var]
-
-
-def _shape(graph: Graph, v: Operand) -> tuple[int, ...]:
-    return tuple(graph.avals[v].shape) if isinstance(v, int) else tuple(getattr(v.value, "shape", ()))
+    shared = takewhile(lambda names: len(set(names)) == 1, zip(*(p.split("/") for p in paths)))
+    return "/".join(names[0] for names in shared)
 
 
 def _is_float(graph: Graph, v: Operand) -> bool:
-    dtype = graph.avals[v].dtype if isinstance(v, int) else jnp.result_type(v.value)
-    return bool(jnp.issubdtype(dtype, jnp.floating))
+    return bool(jnp.issubdtype(_dtype(graph, v), jnp.floating))
+
+
+def _dtype(graph: Graph, v: Operand) -> Any:
+    return graph.avals[v].dtype if isinstance(v, int) else jnp.result_type(v.value)

@@ -66,7 +66,7 @@ def _same_rank(graph: Graph, node: Node, got: list[Labels], shape: tuple[int, ..
     """Elementwise operations, slices, cumulative sums: an axis of unchanged size is the same axis."""
     result: list[str | None] = [None] * len(shape)
     for v, labels in zip(node.ins, got, strict=True):
-        size = graph.avals[v].shape if isinstance(v, int) else jnp.shape(v.value)
+        size = graph.shape(v)
         if len(size) == len(shape):
             result = [x or (y if n == m else None) for x, y, n, m in zip(result, labels, size, shape)]
     return tuple(result)
@@ -84,9 +84,9 @@ def _transpose(_: Graph, node: Node, got: list[Labels], __: tuple[int, ...]) -> 
 
 
 def _reshape(graph: Graph, node: Node, got: list[Labels], shape: tuple[int, ...]) -> Labels:
-    before = graph.avals[node.ins[0]].shape
+    before = graph.shape(node.ins[0])
     result: list[str | None] = [None] * len(shape)
-    for ours, theirs in factor_groups(tuple(before), tuple(shape)):
+    for ours, theirs in factor_groups(before, tuple(shape)):
         old = [(got[0][i], before[i]) for i in ours if before[i] > 1 or got[0][i]]
         new = [j for j in theirs if shape[j] > 1] or list(theirs)
         if len(old) == 1 and len(new) == 1:
@@ -103,9 +103,7 @@ def _reshape(graph: Graph, node: Node, got: list[Labels], shape: tuple[int, ...]
 
 def _dot(_: Graph, node: Node, got: list[Labels], __: tuple[int, ...]) -> Labels:
     contract, batch = node.params["dimension_numbers"]
-    free = [
-        [x for i, x in enumerate(got[side]) if i not in contract[side] and i not in batch[side]] for side in (0, 1)
-    ]
+    free = [[x for i, x in enumerate(got[side]) if i not in contract[side] and i not in batch[side]] for side in (0, 1)]
     return (*(got[0][i] or got[1][j] for i, j in zip(*batch)), *free[0], *free[1])
 
 

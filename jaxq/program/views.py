@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+Spread = Any  # a jax or numpy array that broadcasts against the value it belongs to
+
 
 class ViewError(ValueError):
     """A spread array cannot follow a view, e.g. because a reshape splits the channel axis."""
@@ -23,10 +25,10 @@ class ViewError(ValueError):
 class Transpose:
     permutation: tuple[int, ...]
 
-    def forward(self, a: jax.Array) -> jax.Array:
+    def forward(self, a: Spread) -> Spread:
         return a.transpose(self.permutation)
 
-    def backward(self, a: jax.Array) -> jax.Array:
+    def backward(self, a: Spread) -> Spread:
         return a.transpose([self.permutation.index(i) for i in range(len(self.permutation))])
 
 
@@ -35,10 +37,10 @@ class Reshape:
     before: tuple[int, ...]
     after: tuple[int, ...]
 
-    def forward(self, a: jax.Array) -> jax.Array:
+    def forward(self, a: Spread) -> Spread:
         return _reshape_spread(a, self.before, self.after)
 
-    def backward(self, a: jax.Array) -> jax.Array:
+    def backward(self, a: Spread) -> Spread:
         return _reshape_spread(a, self.after, self.before)
 
 
@@ -47,10 +49,10 @@ class Convert:
     before: Any
     after: Any
 
-    def forward(self, a: jax.Array) -> jax.Array:
+    def forward(self, a: Spread) -> Spread:
         return a
 
-    def backward(self, a: jax.Array) -> jax.Array:
+    def backward(self, a: Spread) -> Spread:
         return a
 
 
@@ -65,7 +67,7 @@ class Broadcast:
     before: tuple[int, ...]
     after: tuple[int, ...]
 
-    def backward(self, a: jax.Array) -> jax.Array:
+    def backward(self, a: Spread) -> Spread:
         if any(n > 1 for i, n in enumerate(a.shape) if i not in self.dims):
             raise ViewError("the parameter is broadcast along the channels: it has one value for all of them")
         return a.reshape([a.shape[i] for i in self.dims])
@@ -77,7 +79,7 @@ class Columns:
 
     out: tuple[int | None, ...]
 
-    def backward(self, a: jax.Array) -> jax.Array:
+    def backward(self, a: Spread) -> Spread:
         if any(n > 1 for i, n in enumerate(a.shape) if i not in self.out):
             raise ViewError("the channels are not output channels of the weight")
         order = [i for i in self.out if i is not None]
@@ -92,14 +94,14 @@ class Forward:
 
     view: View
 
-    def backward(self, a: jax.Array) -> jax.Array:
+    def backward(self, a: Spread) -> Spread:
         return self.view.forward(a)
 
 
 Pull = Transpose | Reshape | Convert | Broadcast | Columns | Forward
 
 
-def pull(chain: tuple[Pull, ...], a: jax.Array) -> jax.Array:
+def pull(chain: tuple[Pull, ...], a: Spread) -> Spread:
     """Carries a spread array against the data flow, from a value to the parameter that its chain leads to."""
     for view in chain:
         a = view.backward(a)
@@ -122,7 +124,7 @@ def factor_groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple
     return groups
 
 
-def _reshape_spread(a: jax.Array, before: tuple[int, ...], after: tuple[int, ...]) -> jax.Array:
+def _reshape_spread(a: Spread, before: tuple[int, ...], after: tuple[int, ...]) -> Spread:
     """Reshapes an array that broadcasts against `before` into one that broadcasts against `after`."""
     shape: list[int] = []
     for ours, theirs in factor_groups(before, after):
@@ -144,7 +146,18 @@ def look(views: tuple[View, ...], a: jax.Array) -> jax.Array:
 
 
 SAME_VALUE = frozenset(
-    "copy copy_p stop_gradient optimization_barrier sharding_constraint reshard name pvary pcast device_put".split()
+    [
+        "copy",
+        "copy_p",
+        "stop_gradient",
+        "optimization_barrier",
+        "sharding_constraint",
+        "reshard",
+        "name",
+        "pvary",
+        "pcast",
+        "device_put",
+    ]
 )
 
 
@@ -152,7 +165,7 @@ def view_of(name: str, params: dict[str, Any], before: Any, after: Any) -> View 
     """The view that an equation is, or None; `before` and `after` are the avals of its operand and result."""
     if name == "transpose":
         return Transpose(tuple(params["permutation"]))
-    if name in ("reshape", "squeeze", "expand_dims") and params.get("dimensions") in (None, ()) or name == "squeeze":
+    if name in ("squeeze", "expand_dims") or (name == "reshape" and params["dimensions"] is None):
         return Reshape(tuple(before.shape), tuple(after.shape))
     if name == "broadcast_in_dim" and before.size == after.size:
         dims = params["broadcast_dimensions"]

@@ -124,7 +124,7 @@ def transformed(group: Group, shift: jax.Array | None = None, scale: jax.Array |
             if member.bias is not None:
                 biases[path] = biases[path] + pull(member.bias.pulls, lost).astype(biases[path].dtype)
             else:
-                output_bias[path] = lost + output_bias.get(path, jnp.float32(0))
+                output_bias[path] = lost + output_bias[path] if path in output_bias else lost
         if scale is not None:
             weights[path] = weights[path] * weight_spread(member, scale).astype(weights[path].dtype)
     x = tuple(_transform(x, shift, scale, group.plan.x_axes) for x in group.x)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-
 from jaxq.steps.group import Group, Step, channel_range, transformed, weight_range
 from jaxq.steps.shift import Where, foldable, touch
 
@@ -52,5 +51,3 @@ def gamma_migration() -> Step:
 def _without_zeros(gamma: jax.Array) -> jax.Array:
     """A channel whose gamma is 0 carries only its bias and stays as it is."""
     return jnp.where(jnp.abs(gamma) < SMALLEST, jnp.ones_like(gamma), gamma)
-
-

@@ -113,8 +113,9 @@ def search_scale(
 
     def losses(ts: np.ndarray) -> np.ndarray:
         asked = jnp.asarray(padded(ts), jnp.float32)
+        formats = group.spec.weights, group.spec.activations
         total = sum(
-            _losses(objective.piece, group.spec.weights, group.spec.activations, numbers, target, valid, low, high, asked)
+            _losses(objective.piece, *formats, numbers, target, valid, low, high, asked)
             for numbers, target, valid in zip(few, targets, objective.valid)
         )
         return np.asarray(total)[: len(ts)] / tokens

@@ -70,7 +70,8 @@ def make(bias: bool = True):
 def run(step: Step, bias: bool = True, **options):
     params, xs = make(bias)
     groups = {}
-    quantized = jaxq.calibrate(forward, params, list(xs), step, on_group=lambda g: groups.update({g.plan.name: g}), **options)
+    keep = lambda g: groups.update({g.plan.name: g})  # noqa: E731
+    quantized = jaxq.calibrate(forward, params, list(xs), step, on_group=keep, **options)
     return params, xs, quantized, groups
 
 
@@ -196,7 +197,9 @@ def test_partition_takes_the_first_rule_and_skip_leaves_alone() -> None:
 
 
 def test_where_and_nothing() -> None:
-    _, _, quantized, _ = run(jaxq.chain(os_plus(shift=nothing(), scale=channel_scale(where=fed_by_norm)), jaxq.quantize()))
+    _, _, quantized, _ = run(
+        jaxq.chain(os_plus(shift=nothing(), scale=channel_scale(where=fed_by_norm)), jaxq.quantize())
+    )
     assert list(quantized.transforms) == ["gate/kernel"] and quantized.transforms["gate/kernel"].shift is None
     _, _, _, groups = run(jaxq.quantize())
     assert {n: (fed_by_norm(g.plan), foldable(g.plan)) for n, g in groups.items()} == {

@@ -28,7 +28,9 @@ def vector() -> Specimen:
 
 
 def einsum_heads_in() -> Specimen:
-    return one(lambda p, x: jnp.einsum("bthd,hdo->bto", x, p["w"]), weight(0, 4, 8, 16, fan_in=32), normal(1, 2, 5, 4, 8))
+    return one(
+        lambda p, x: jnp.einsum("bthd,hdo->bto", x, p["w"]), weight(0, 4, 8, 16, fan_in=32), normal(1, 2, 5, 4, 8)
+    )
 
 
 def einsum_heads_out() -> Specimen:
@@ -221,7 +223,9 @@ def scaled_weight() -> Specimen:
         return (x @ (p["m"]["w"] * jnp.float32(0.25))) @ p["v"]
 
     params = {"m": {"w": weight(0, 16, 16)}, "v": weight(3, 16, 8)}
-    return Specimen(forward, params, (normal(4, 5, 16),), frozenset({"v"}), {"m/w": "computed from parameters (by mul)"})
+    return Specimen(
+        forward, params, (normal(4, 5, 16),), frozenset({"v"}), {"m/w": "computed from parameters (by mul)"}
+    )
 
 
 def closed_over() -> Specimen:
@@ -262,9 +266,10 @@ def constant_activation() -> Specimen:
 
 def integer_weight() -> Specimen:
     def forward(p, x):
-        return lax.dot_general(x, p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32).astype(
-            jnp.float32
-        ) @ p["v"]
+        return (
+            lax.dot_general(x, p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32).astype(jnp.float32)
+            @ p["v"]
+        )
 
     params = {"w": jnp.arange(32, dtype=jnp.int8).reshape(8, 4), "v": weight(1, 4, 8)}
     return Specimen(

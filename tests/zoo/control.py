@@ -6,12 +6,22 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-import numpy as np
 
 from tests.zoo.specimen import (
-    Specimen, block, block_params, block_sites, linear, linear_params, norm, norm_params, normal, tokens, weight,
+    Specimen,
+    block,
+    block_params,
+    block_sites,
+    linear,
+    linear_params,
+    norm,
+    norm_params,
+    normal,
+    tokens,
+    weight,
 )  # fmt: skip
 
 
@@ -19,9 +29,7 @@ def scan_stacked() -> Specimen:
     def forward(p, x):
         return lax.scan(lambda x, layer: (x + jnp.tanh(linear(x, layer)), None), x, p["layers"])[0]
 
-    return Specimen(
-        forward, {"layers": linear_params(0, 3, 16, 16)}, (normal(1, 5, 16),), frozenset({"layers/kernel"})
-    )
+    return Specimen(forward, {"layers": linear_params(0, 3, 16, 16)}, (normal(1, 5, 16),), frozenset({"layers/kernel"}))
 
 
 def scan_blocks() -> Specimen:
@@ -50,9 +58,7 @@ def scan_reverse_with_outputs() -> Specimen:
 
         return lax.scan(body, x, p["layers"], reverse=True)
 
-    return Specimen(
-        forward, {"layers": linear_params(0, 3, 16, 16)}, (normal(1, 5, 16),), frozenset({"layers/kernel"})
-    )
+    return Specimen(forward, {"layers": linear_params(0, 3, 16, 16)}, (normal(1, 5, 16),), frozenset({"layers/kernel"}))
 
 
 def scan_nested() -> Specimen:
