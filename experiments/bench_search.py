@@ -120,9 +120,7 @@ def main() -> None:
     args.add_argument("--repeats", type=int, default=3)
     repeats = args.parse_args().repeats
     print(f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, {repeats} repeats")
-    print(
-        f"{'group':10} {'setting':18} {'torch s':>8} {'exhaust.':>9} {'fast':>7} {'ratio':>7} {'first call':>10}  choice"
-    )
+    print(f"{'group':10} {'setting':18} {'torch s':>8} {'exhaust.':>9} {'fast':>7} {'ratio':>7} {'first call':>10}")
     for name, forward, F, columns in (
         ("qkv", attention, torch_attention, 3 * WIDTH),
         ("fc1", linear, torch_linear, 4 * WIDTH),

@@ -71,7 +71,7 @@ class Chase:
 
 def find_fold(graph: Graph, x: int, spread: tuple[int, ...], uses: dict[str, int], depth: int, members: int) -> Fold:
     """How the activation `x` (a group's `members` contractions read it) can absorb a vector of shape `spread`."""
-    readers = graph.consumers()
+    readers = graph.consumers
     outputs = {graph.root(v) for v in graph.outputs if isinstance(v, int)}
     probe = np.ones(spread)
     root = graph.root(x)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,7 @@ class Graph:
     def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
         return {ref.path: ref.shape for ref in self.refs.values()}
 
+    @cached_property
     def consumers(self) -> dict[int, list[Node]]:
         """The nodes that read each value, once for each operand; equal values and equal views of a value count as one
         (being a program output is not counted here)."""

@@ -139,7 +139,7 @@ def _find_bias(graph: Graph, uses: dict[str, int], depth: int, site: Site) -> Ed
     """The parameter added to a contraction's output, through views and with no other reader on the way."""
     if site.kind != "linear":
         return None
-    node, readers = graph.nodes[site.node], graph.consumers()
+    node, readers = graph.nodes[site.node], graph.consumers
     outputs = {graph.root(v) for v in graph.outputs if isinstance(v, int)}
     v, chain = node.outs[0], ()
     while True:
