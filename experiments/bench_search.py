@@ -103,7 +103,7 @@ def data(columns: int):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
     loud = rng.choice(WIDTH, 12, replace=False)
-    x[..., loud] *= rng.uniform(5, 25, 12).astype(np.float32)
+    x[..., loud] *= rng.uniform(2, 9, 12).astype(np.float32)
     w = (rng.normal(size=(WIDTH, columns)) / WIDTH**0.5).astype(np.float32)
     b = (rng.normal(size=columns) * 0.1).astype(np.float32)
     return x, w, b

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 Losses = Callable[[np.ndarray], np.ndarray]
@@ -12,11 +14,16 @@ Losses = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Search:
-    """How a grid is searched: `stride` 1 tries every candidate; a larger one tries every `stride`-th first, then, with
-    the stride halved again and again, the neighbours of the `keep` best so far."""
+    """How a grid is searched: every `stride`-th candidate first, then, with the stride halved again and again, the
+    neighbours at that stride of the best so far; of more of them the finer the stride, `keep` at the last. Losses of
+    quantized numbers are rough on the small scale: it is there that the best one hides among others."""
 
     stride: int = 1
-    keep: int = 2
+    keep: int = 4
+
+    def __post_init__(self) -> None:
+        if self.stride < 1 or self.keep < 1:
+            raise ValueError(f"a search needs a stride and a number to keep of at least 1, not {self}")
 
 
 def exhaustive() -> Search:
@@ -24,8 +31,8 @@ def exhaustive() -> Search:
     return Search()
 
 
-def coarse_to_fine(stride: int = 8, keep: int = 3) -> Search:
-    """A sparse grid first, then ever finer around the best: about a third of the candidates on 100 of them."""
+def coarse_to_fine(stride: int = 32, keep: int = 4) -> Search:
+    """A sparse grid first, then ever finer around the best: about a fifth of the candidates on 100 of them."""
     return Search(stride, keep)
 
 
@@ -46,7 +53,7 @@ def search(method: Search, candidates: np.ndarray, losses: Losses) -> tuple[int,
         if stride == 1:
             return _first_smallest(found), found
         stride //= 2
-        best = np.argsort(found, kind="stable")[: method.keep]
+        best = np.argsort(found, kind="stable")[: max(1, method.keep - (stride.bit_length() - 1))]
         near = np.concatenate([best - stride, best + stride])
         wanted = np.unique(near[(near >= 0) & (near < len(candidates))])
 
@@ -57,7 +64,16 @@ def _first_smallest(losses: np.ndarray) -> int:
     return int(np.nanargmin(losses))
 
 
-def padded(candidates: np.ndarray, multiple: int = 8) -> np.ndarray:
+def padded(candidates: np.ndarray, multiple: int = 64) -> np.ndarray:
     """The candidates with the last one repeated up to a multiple: a few lengths, so a few compilations."""
     extra = -len(candidates) % multiple
     return np.concatenate([candidates, np.repeat(candidates[-1:], extra)])
+
+
+def each(loss: Callable[[jax.Array], jax.Array], candidates: jax.Array, count: jax.Array) -> jax.Array:
+    """`loss` of the first `count` candidates, one after the other inside one compiled call; zeros for the rest."""
+
+    def step(i: jax.Array, losses: jax.Array) -> jax.Array:
+        return losses.at[i].set(loss(candidates[i]))
+
+    return jax.lax.fori_loop(0, count, step, jnp.zeros(candidates.shape, jnp.float32))

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxq.formats import divide
 from jaxq.quantizer import Quantizer
-from jaxq.search import Search, coarse_to_fine, padded, search
+from jaxq.search import Search, coarse_to_fine, each, padded, search
 from jaxq.steps.compose import chain
 from jaxq.steps.group import Group, Step, channel_range, first_batches, numbers_of, transformed
 from jaxq.steps.objective import Numbers, Objective, Objectives, Piece, replay, scaled_and_quantized, squared_error
@@ -115,7 +115,7 @@ def search_scale(
         asked = jnp.asarray(padded(ts), jnp.float32)
         formats = group.spec.weights, group.spec.activations
         total = sum(
-            _losses(objective.piece, *formats, numbers, target, valid, low, high, asked)
+            _losses(objective.piece, *formats, numbers, target, valid, low, high, asked, len(ts))
             for numbers, target, valid in zip(few, targets, objective.valid)
         )
         return np.asarray(total)[: len(ts)] / tokens
@@ -139,12 +139,13 @@ def _losses(
     low: jax.Array,
     high: jax.Array,
     ts: jax.Array,
+    count: int | jax.Array,
 ) -> jax.Array:
-    """The error of every threshold on one microbatch, in one compiled call (OS+, eq. 8)."""
+    """The error of the first `count` thresholds on one microbatch, in one compiled call (OS+, eq. 8)."""
 
     def loss(t: jax.Array) -> jax.Array:
         s = scale_for(t, low, high)
         outs = replay(piece, scaled_and_quantized(piece, weights, activations, numbers, s, t))
         return squared_error(outs, targets, valid)
 
-    return jax.lax.map(loss, ts)
+    return each(loss, ts, count)
