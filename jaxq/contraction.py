@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.formats import Format, divide, fake_quant, grid_from_range
-from jaxq.qtensor import Grid, InputQuant, PerGroup, PerToken
+from jaxq.qtensor import Grid, InputQuant, PerGroup
 
 
 def along(v: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
@@ -59,7 +59,3 @@ def apply_input(quant: InputQuant, x: jax.Array, axes: Sequence[int]) -> jax.Arr
     if quant.format is None:
         return x
     return quantize_activation(x, quant.format, quant.granularity, quant.grid, axes)
-
-
-def is_dynamic(granularity: object) -> bool:
-    return isinstance(granularity, (PerToken, PerGroup))

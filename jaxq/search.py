@@ -70,7 +70,7 @@ def padded(candidates: np.ndarray, multiple: int = 64) -> np.ndarray:
     return np.concatenate([candidates, np.repeat(candidates[-1:], extra)])
 
 
-def each(loss: Callable[[jax.Array], jax.Array], candidates: jax.Array, count: jax.Array) -> jax.Array:
+def each(loss: Callable[[jax.Array], jax.Array], candidates: jax.Array, count: int | jax.Array) -> jax.Array:
     """`loss` of the first `count` candidates, one after the other inside one compiled call; zeros for the rest."""
 
     def step(i: jax.Array, losses: jax.Array) -> jax.Array:

@@ -23,7 +23,6 @@ INLINED = frozenset(
     ]
 )
 REMAT = frozenset({"remat", "remat2", "checkpoint"})
-LOOPS = frozenset({"scan", "while", "cond"})
 
 
 class ScanSplit(NamedTuple):
@@ -48,10 +47,6 @@ def shape_of(array: Any, dtype: Any) -> jax.ShapeDtypeStruct:
 
 def is_literal(atom: Any) -> bool:
     return isinstance(atom, Literal)
-
-
-def is_drop(var: Any) -> bool:
-    return type(var).__name__ == "DropVar"
 
 
 def called_jaxpr(eqn: Any) -> ClosedJaxpr:

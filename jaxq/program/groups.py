@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from jaxq.program.fold import Edit, Fold, find_fold, output_columns
-from jaxq.program.graph import Graph, Node, Ref, all_graphs
+from jaxq.program.graph import Graph, Ref, all_graphs
 from jaxq.program.sites import Site, Skipped, find_sites
 from jaxq.program.views import Broadcast, Forward, Pull, ViewError, pull, view_of
 
@@ -181,10 +181,6 @@ def _takes(graph: Graph, ref: Ref, pulls: tuple[Pull, ...], site: Site) -> bool:
         return pull(pulls, probe).shape == ref.shape
     except ViewError:
         return False
-
-
-def contains_sites(layout: Layout, node: Node) -> bool:
-    return any(body.groups for (index, i), top in layout.bodies.items() if index == node.index for body in top.all())
 
 
 def skipped_in(layout: Layout) -> list[Skipped]:
