@@ -78,6 +78,11 @@ def _gather(place: Place, plan: GroupPlan) -> Group:
     microbatches = range(len(place.envs))
     labels = place.labels.get(plan.x, (None,) * len(plan.x_shape))
     masks = place.walk.masks
+    if masks is not None and "t" in labels and "b" not in labels:
+        raise ValueError(
+            f"{plan.name}: which tokens of its activation {plan.x_shape} are padding is lost where its batch axis is "
+            "merged with another; leave the site out with a `skip` pattern, or calibrate on batches without padding"
+        )
     valid = tuple(None if masks is None else spread_mask(masks[place.which[m]], labels) for m in microbatches)
     x = tuple(place.value(plan.x, m) for m in microbatches) if plan.kind != "lookup" else ()
     weights, biases = {}, {}

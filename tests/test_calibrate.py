@@ -349,3 +349,20 @@ def test_inputs_of_every_container():
     batch = ({"x": X}, [X, jnp.float32(2)])
     q = jaxq.calibrate(f, TWO, [batch, batch], jaxq.quantize())
     assert list(q.inputs) == ["a/kernel"]
+
+
+def test_padding_that_cannot_be_followed_is_an_error_not_a_statistic():
+    """Heads merged into the batch axis: the mask no longer says which rows are real."""
+
+    def forward(params, x):
+        b, t, c = x.shape
+        q, k = (jnp.moveaxis((x @ params[n]).reshape(b, t, 2, c // 2), 2, 1).reshape(b * 2, t, c // 2) for n in "qk")
+        return jnp.einsum("bth,bsh->bts", q, k)
+
+    params = {n: jnp.eye(4) + i for i, n in enumerate("qk")}
+    x, mask = jnp.arange(24.0).reshape(2, 3, 4), np.array([[1, 1, 0], [1, 1, 1]], bool)
+    attention = jaxq.quantize(attention=jaxq.Int(8))
+    with pytest.raises(ValueError, match="dot0.*padding"):
+        jaxq.calibrate(forward, params, [x], attention, masks=[mask])
+    assert len(jaxq.calibrate(forward, params, [x], attention).inputs) == 3
+    assert len(jaxq.calibrate(forward, params, [x], jaxq.quantize(), masks=[mask]).inputs) == 1
