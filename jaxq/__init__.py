@@ -3,7 +3,7 @@
 from jaxq.calibrate import calibrate
 from jaxq.execute import execute
 from jaxq.fold import FoldError, fold
-from jaxq.formats import Int
+from jaxq.formats import AnyFloat, Float, Int
 from jaxq.qtensor import InputQuant, QTensor, Quantized
 from jaxq.quantizer import Quantizer, per_channel, per_group, per_tensor, per_token
 from jaxq.search import coarse_to_fine, exhaustive
@@ -13,6 +13,8 @@ from jaxq.steps import chain, gamma_migration, os_plus, partition, quantize, ski
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnyFloat",
+    "Float",
     "FoldError",
     "InputQuant",
     "Int",

@@ -50,7 +50,7 @@ def quantize_activation(
         size = granularity.size if isinstance(granularity, PerGroup) else None
         grid = dynamic_grid(jax.lax.stop_gradient(x), fmt, axes, size)
     grid = grid.over(x.shape)
-    return fake_quant(fmt, x, grid.scale, grid.zero)
+    return fake_quant(fmt, x, grid.scale, grid.zero, grid.mantissa)
 
 
 def apply_input(quant: InputQuant, x: jax.Array, axes: Sequence[int]) -> jax.Array:

@@ -14,7 +14,7 @@ from jaxq.program.graph import Node
 from jaxq.program.groups import GroupPlan, Layout
 from jaxq.program.trace import named_leaves, replace_leaves, trace
 from jaxq.program.views import pull
-from jaxq.qtensor import Grid, InputQuant, QTensor, Quantized, Transform
+from jaxq.qtensor import InputQuant, QTensor, Quantized, Transform
 from jaxq.steps.group import shift_through, weight_spread
 
 Leaves = dict[str, Any]
@@ -28,8 +28,8 @@ def divided(leaf: Any, v: jax.Array) -> Any:
     """A leaf over a spread vector; a quantized one keeps its codes and divides its scales (exact: only its output
     channels are concerned)."""
     if isinstance(leaf, QTensor):
-        grid = Grid(leaf.grid.scale / v.astype(jnp.float32), leaf.grid.zero)
-        return QTensor(leaf.codes, grid, format=leaf.format, dtype=leaf.dtype)
+        grid = replace(leaf.grid, scale=leaf.grid.scale / v.astype(jnp.float32))
+        return replace(leaf, grid=grid)
     return jnp.asarray(leaf) / v.astype(leaf.dtype)
 
 

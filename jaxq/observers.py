@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.formats import Format, fake_quant, grid_from_range
+from jaxq.formats import Format, Int, fake_quant, grid_from_range
 
 Range = tuple[jax.Array, jax.Array]
 Measure = Callable[..., Range]
@@ -277,6 +277,7 @@ def _search_length(x: jax.Array, fmt: Format, valid: jax.Array | None, least: ja
 def _search_length_and_zero(
     x: jax.Array, fmt: Format, valid: jax.Array | None, least: jax.Array, most: jax.Array
 ) -> Range:
+    assert isinstance(fmt, Int)  # floats are symmetric
     zeros = fmt.qmax - fmt.qmin + 1
 
     def candidate(index: jax.Array) -> Range:

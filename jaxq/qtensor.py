@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.export import register_pytree_node_serialization
 
 from jaxq.formats import Format, decode, encode
+from jaxq.formats.floating import power_of_two
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class PerGroup:
 
 Granularity = PerTensor | PerChannel | PerToken | PerGroup
 T = TypeVar("T")
-FORMATS: tuple[type, ...] = get_args(Format) or (Format,)
+FORMATS: tuple[type, ...] = get_args(Format)
 
 
 def static(**kwargs: Any) -> Any:
@@ -86,14 +87,16 @@ def _with_children(cls: type, statics: Any, children: Sequence[Any]) -> Any:
 
 @pytree
 class Grid:
-    """Where a format's codes lie: `value = (code - zero) * scale`.
+    """Where a format's codes lie: `value = (code - zero) * scale`, or `element(code) * scale` for floats.
 
-    Both arrays have the rank of what they quantize, and each of their axes divides the corresponding axis there: 1 is
-    shared, n is one each, n/g is one for each run of g. `zero` is None for symmetric formats.
+    All arrays have the rank of what they quantize, and each of their axes divides the corresponding axis there: 1 is
+    shared, n is one each, n/g is one for each run of g. `zero` is None for symmetric formats; `mantissa` (int8) holds
+    the mantissa bits of an `AnyFloat`, None for its usual split and for other formats.
     """
 
     scale: jax.Array
     zero: jax.Array | None = None
+    mantissa: jax.Array | None = None
 
     def over(self, shape: tuple[int, ...]) -> Grid:
         """The same grid, broadcastable against an array of `shape` (runs are repeated)."""
@@ -112,15 +115,17 @@ def expand_blocks(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 @pytree
 class QTensor:
-    """A quantized weight: the array `(codes - zero) * scale` of `dtype`, of the shape of `codes`.
+    """A quantized weight: the array `decode(codes) * 2**exponents` of `dtype`, of the shape of `codes`.
 
-    With stacked layers every array has the same leading layer axis.
+    `exponents` (int8, one for each input channel, broadcastable against `codes`) is None where there is nothing to
+    multiply with. With stacked layers every array has the same leading layer axis.
     """
 
     codes: jax.Array
     grid: Grid
     format: Format = static()
     dtype: Any = static(default=jnp.float32)
+    exponents: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,13 +138,16 @@ class QTensor:
     def dequantize(self) -> jax.Array:
         """The array this leaf stands for."""
         grid = self.grid.over(self.shape)
-        return decode(self.format, self.codes, grid.scale, grid.zero).astype(self.dtype)
+        values = decode(self.format, self.codes, grid.scale, grid.zero, grid.mantissa)
+        if self.exponents is not None:
+            values = values * power_of_two(self.exponents.astype(jnp.int32))
+        return values.astype(self.dtype)
 
 
 def quantize_array(w: jax.Array, fmt: Format, grid: Grid) -> QTensor:
     """Encodes `w` on `grid`; `dequantize` of the result is the fake-quantized `w`, bit for bit."""
     spread = grid.over(w.shape)
-    codes = encode(fmt, w.astype(jnp.float32), spread.scale, spread.zero)
+    codes = encode(fmt, w.astype(jnp.float32), spread.scale, spread.zero, spread.mantissa)
     return QTensor(codes, grid, format=fmt, dtype=jnp.dtype(w.dtype))
 
 

@@ -100,4 +100,4 @@ def quantize_weight(w: jax.Array, quantizer: Quantizer, axes: tuple[int, ...]) -
 def fake_quantize_weight(w: jax.Array, quantizer: Quantizer, axes: tuple[int, ...]) -> jax.Array:
     """What `quantize_weight(...).dequantize()` gives, for searches that try many weights."""
     grid = weight_grid(w, quantizer, axes).over(w.shape)
-    return fake_quant(quantizer.format, w, grid.scale, grid.zero)
+    return fake_quant(quantizer.format, w, grid.scale, grid.zero, grid.mantissa)

@@ -37,7 +37,7 @@ RECORDS = {
         Grid,
         Transform,
         *get_args(Granularity),
-        *(get_args(Format) or (Format,)),
+        *get_args(Format),
     )
 }
 

@@ -1,0 +1,109 @@
+"""Integers: `value = (code - zero) * scale`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.formats.division import divide
+
+# The smallest scale: machine epsilon of float32, as in the reference. It keeps x / scale finite for any usual x.
+SMALLEST_SCALE = float(np.finfo(np.float32).eps)
+
+
+@dataclass(frozen=True)
+class Int:
+    """Integers of 2 to 8 bits; `value = (code - zero) * scale`.
+
+    | bits | symmetric: codes, levels | asymmetric: codes, levels |
+    |------|--------------------------|---------------------------|
+    | 2    | -1 .. 1, 3               | 0 .. 3, 4                 |
+    | 3    | -3 .. 3, 7               | 0 .. 7, 8                 |
+    | 4    | -7 .. 7, 15              | 0 .. 15, 16               |
+    | 5    | -15 .. 15, 31            | 0 .. 31, 32               |
+    | 6    | -31 .. 31, 63            | 0 .. 63, 64               |
+    | 7    | -63 .. 63, 127           | 0 .. 127, 128             |
+    | 8    | -127 .. 127, 255         | 0 .. 255, 256             |
+
+    Symmetric codes leave out `-2**(bits - 1)`, have no zero point (None) and are stored as int8. Asymmetric codes are
+    stored as uint8; their zero point is the code of the real number 0, an integer held as float32.
+
+    Raises:
+        ValueError: `bits` is not an integer from 2 to 8.
+    """
+
+    bits: int
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ValueError(f"Int: bits is {self.bits!r}; possible are the integers from 2 to 8")
+
+    @property
+    def qmin(self) -> int:
+        return 1 - 2 ** (self.bits - 1) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    @property
+    def code_dtype(self) -> np.dtype:
+        return np.dtype(np.int8 if self.symmetric else np.uint8)
+
+
+def grid_from_range(fmt: Int, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The scale and zero point of float32 ranges `low <= 0 <= high`."""
+    width, steps = (jnp.maximum(-low, high), fmt.qmax) if fmt.symmetric else (high - low, fmt.qmax - fmt.qmin)
+    scale = jnp.maximum(divide(width, jnp.float32(steps)), SMALLEST_SCALE)
+    scale = jnp.where(width == 0, jnp.float32(1), scale)
+    if fmt.symmetric:
+        return scale, None
+    offset = divide(low, scale)
+    straight_through = offset + jax.lax.stop_gradient(jnp.rint(offset) - offset)
+    return scale, jnp.clip(fmt.qmin - straight_through, fmt.qmin, fmt.qmax)
+
+
+def encode(fmt: Int, x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+    """`clip(rint(x / scale) + zero, qmin, qmax)`."""
+    steps = _steps(fmt, x, scale, zero)
+    return (steps if zero is None else steps + zero.astype(jnp.float32)).astype(fmt.code_dtype)
+
+
+def decode(codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+    """`(codes - zero) * scale`."""
+    steps = codes.astype(jnp.float32)
+    return (steps if zero is None else steps - zero.astype(jnp.float32)) * scale
+
+
+def fake_quant(fmt: Int, x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+    """`decode(encode(x))`, differentiable."""
+    return _steps(fmt, x, scale, zero) * scale
+
+
+def _steps(fmt: Int, x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+    """`code - zero` as float32. Moving the clip's bounds by `zero` saves two operations on every element."""
+    offset = jnp.float32(0) if zero is None else zero.astype(jnp.float32)
+    return _snap(x, scale, fmt.qmin - offset, fmt.qmax - offset)
+
+
+@jax.custom_jvp
+def _snap(x: jax.Array, scale: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """`clip(rint(x / scale), low, high)` with straight-through rounding."""
+    steps = jnp.clip(jnp.rint(divide(x, scale)), low, high)
+    return jnp.where(steps == 0, jnp.float32(0), steps)  # no negative zero: integer codes have none
+
+
+@_snap.defjvp
+def _snap_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    # By hand, because jnp.clip halves the gradient at its bounds, where all values that round to the last code are.
+    x, scale, low, high = primals
+    dx, dscale, dlow, dhigh = tangents
+    ratio = divide(x, scale)
+    steps = jnp.rint(ratio)
+    clipped = jnp.where(steps < low, dlow, dhigh)
+    tangent = jnp.where((steps < low) | (steps > high), clipped, (dx - ratio * dscale) / scale)
+    return _snap(x, scale, low, high), tangent
