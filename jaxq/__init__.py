@@ -8,13 +8,26 @@ from jaxq.qtensor import InputQuant, QTensor, Quantized
 from jaxq.quantizer import Quantizer, per_channel, per_group, per_tensor, per_token
 from jaxq.search import coarse_to_fine, exhaustive
 from jaxq.sites import SiteRow, Sites, sites
-from jaxq.steps import chain, gamma_migration, os_plus, partition, quantize, skip, smooth_quant
+from jaxq.steps import (
+    FloatSearch,
+    chain,
+    fpq_baseline,
+    gamma_migration,
+    llm_fp4,
+    os_plus,
+    partition,
+    post_shifted_fp4,
+    quantize,
+    skip,
+    smooth_quant,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AnyFloat",
     "Float",
+    "FloatSearch",
     "FoldError",
     "InputQuant",
     "Int",
@@ -29,13 +42,16 @@ __all__ = [
     "execute",
     "exhaustive",
     "fold",
+    "fpq_baseline",
     "gamma_migration",
+    "llm_fp4",
     "os_plus",
     "partition",
     "per_channel",
     "per_group",
     "per_tensor",
     "per_token",
+    "post_shifted_fp4",
     "quantize",
     "sites",
     "skip",

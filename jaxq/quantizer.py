@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -49,46 +50,45 @@ def weight_grid(w: jax.Array, quantizer: Quantizer, axes: tuple[int, ...]) -> Gr
     Raises:
         ValueError: the group size does not divide the summed axis, or the granularity is not one of weights.
     """
-    rows, shape, order = _rows(w, quantizer.granularity, axes)
+    rows = rows_of(w, axes).reshape(-1, row_size(w.shape, quantizer.granularity, axes))
     low, high = observe(quantizer.observer, quantizer.format, [rows[:, None, :].astype(jnp.float32)])
-    scale, zero = grid_from_range(quantizer.format, low, high)
-
-    def back(a: jax.Array | None) -> jax.Array | None:
-        if a is None:
-            return None
-        spread = a.reshape([shape[i] for i in order])
-        return spread.transpose([order.index(i) for i in range(w.ndim)])
-
-    return Grid(back(scale), back(zero))  # type: ignore[arg-type]
+    grid = Grid(*grid_from_range(quantizer.format, low, high))
+    return jax.tree.map(lambda a: in_leaf(a, w.shape, quantizer.granularity, axes), grid)
 
 
-def _rows(
-    w: jax.Array, granularity: Granularity, axes: tuple[int, ...]
-) -> tuple[jax.Array, tuple[int, ...], list[int]]:
-    """The weight as [rows, values], one row a grid; the grid's shape in the leaf's layout; the leaf's axes in the
-    order in which the rows run through them."""
-    free = [i for i in range(w.ndim) if i not in axes]
-    order = free + list(axes)
+def rows_of(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """A weight leaf as [output channels, what each of them sums over]."""
+    moved = w.transpose(_order(w.ndim, axes))
+    return moved.reshape(-1, prod(w.shape[i] for i in axes))
+
+
+def row_size(shape: tuple[int, ...], granularity: Granularity, axes: tuple[int, ...]) -> int:
+    """How many successive values of `rows_of` share a grid."""
     if isinstance(granularity, PerTensor):
-        return w.reshape(1, w.size), (1,) * w.ndim, order
-    moved = w.transpose(order)
+        return prod(shape)
     if isinstance(granularity, PerChannel):
-        rows = moved.reshape(-1, _size(w, axes))
-        return rows, tuple(1 if i in axes else n for i, n in enumerate(w.shape)), order
+        return prod(shape[i] for i in axes)
     if isinstance(granularity, PerGroup):
-        last = w.shape[axes[-1]]
+        last = shape[axes[-1]]
         if last % granularity.size:
-            raise ValueError(f"groups of {granularity.size} do not divide the {last} channels of a {w.shape} weight")
-        rows = moved.reshape(-1, granularity.size)
-        return rows, tuple(n // granularity.size if i == axes[-1] else n for i, n in enumerate(w.shape)), order
+            raise ValueError(f"groups of {granularity.size} do not divide the {last} channels of a {shape} weight")
+        return granularity.size
     raise ValueError(f"{granularity} is for activations: quantize weights per tensor, channel or group")
 
 
-def _size(w: jax.Array, axes: tuple[int, ...]) -> int:
-    size = 1
-    for i in axes:
-        size *= w.shape[i]
-    return size
+def in_leaf(a: jax.Array, shape: tuple[int, ...], granularity: Granularity, axes: tuple[int, ...]) -> jax.Array:
+    """One number for each grid, in the order of `rows_of`, in the layout of a leaf of `shape`."""
+    if isinstance(granularity, PerTensor):
+        return a.reshape((1,) * len(shape))
+    runs = {axes[-1]: shape[axes[-1]] // granularity.size} if isinstance(granularity, PerGroup) else {}
+    whole = dict.fromkeys(axes, 1) if isinstance(granularity, PerChannel) else {}
+    sizes = [{**dict(enumerate(shape)), **whole, **runs}[i] for i in range(len(shape))]
+    order = _order(len(shape), axes)
+    return a.reshape([sizes[i] for i in order]).transpose([order.index(i) for i in range(len(shape))])
+
+
+def _order(ndim: int, axes: tuple[int, ...]) -> list[int]:
+    return [i for i in range(ndim) if i not in axes] + list(axes)
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -70,6 +70,45 @@ def padded(candidates: np.ndarray, multiple: int = 64) -> np.ndarray:
     return np.concatenate([candidates, np.repeat(candidates[-1:], extra)])
 
 
+def search_each(
+    method: Search, count: int, sure: int, shape: tuple[int, ...], loss: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Many searches of `method` at once, inside a compiled call, each with a choice of its own.
+
+    Args:
+      count: how many candidates there are.
+      sure: the index of a candidate that is tried in any case.
+      shape: of the choices.
+      loss: from indices of candidates, int32 [*shape], to their losses, float32 [*shape].
+
+    Returns:
+      the index of the first smallest loss, int32 [*shape], and that loss.
+    """
+
+    def tried(losses: jax.Array, wanted: jax.Array) -> jax.Array:
+        return jnp.put_along_axis(losses, wanted, jax.lax.map(loss, wanted), 0, inplace=False)
+
+    first = np.unique([*range(0, count, method.stride), sure])
+    wanted = jnp.broadcast_to(first.reshape(-1, *[1] * len(shape)), (len(first), *shape))
+    losses = tried(jnp.full((count, *shape), jnp.inf, jnp.float32), wanted.astype(jnp.int32))
+    stride = method.stride
+    while stride > 1:
+        stride //= 2
+        best = _smallest(losses, max(1, method.keep - (stride.bit_length() - 1)))
+        losses = tried(losses, jnp.clip(jnp.concatenate([best - stride, best + stride]), 0, count - 1))
+    found = losses.argmin(0).astype(jnp.int32)
+    return found, jnp.take_along_axis(losses, found[None], 0)[0]
+
+
+def _smallest(losses: jax.Array, count: int) -> jax.Array:
+    """The indices of the `count` smallest along the first axis."""
+    found = []
+    for _ in range(min(count, len(losses))):
+        found.append(losses.argmin(0).astype(jnp.int32)[None])
+        losses = jnp.put_along_axis(losses, found[-1], jnp.inf, 0, inplace=False)
+    return jnp.concatenate(found)
+
+
 def each(loss: Callable[[jax.Array], jax.Array], candidates: jax.Array, count: int | jax.Array) -> jax.Array:
     """`loss` of the first `count` candidates, one after the other inside one compiled call; zeros for the rest."""
 

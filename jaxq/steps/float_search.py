@@ -1,0 +1,189 @@
+"""The joint search of LLM-FP4 (arXiv:2310.16836, section 4.1): of a float format and of its clipping range.
+
+A clipping range is an exponent bias is a scale. Candidates are multiples of the scale at which nothing is clipped: the
+bias itself may be zero or negative, so multiples of it would mean nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.formats import AnyFloat, Float, divide, fake_quant
+from jaxq.formats.floating import layout, power_of_two, scale_from_width
+from jaxq.search import Search, search_each
+from jaxq.steps.output_error import Metric, Problem
+
+
+class Candidates(Protocol):
+    """What is tried in place of the scale at which nothing is clipped; `whole` is the index of that scale itself."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def whole(self) -> int: ...
+
+    def at(self, i: jax.Array, scale: jax.Array, mantissa: jax.Array) -> jax.Array: ...
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Clip values as fractions of the largest magnitude, in ascending order; 1 is among them."""
+
+    ratios: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        r = np.asarray(self.ratios)
+        if 1.0 not in self.ratios or not np.isfinite(r).all() or (np.diff(r) <= 0).any() or r[0] <= 0:
+            raise ValueError(f"clip ratios are positive, ascending and contain 1; found {self.ratios[:5]} ...")
+
+    @property
+    def count(self) -> int:
+        return len(self.ratios)
+
+    @property
+    def whole(self) -> int:
+        return self.ratios.index(1.0)
+
+    def at(self, i: jax.Array, scale: jax.Array, mantissa: jax.Array) -> jax.Array:
+        del mantissa
+        return scale * jnp.asarray(self.ratios, jnp.float32)[i]
+
+
+def linear_clips(lowest: float = 0.2, highest: float = 1.2, count: int = 100) -> Clips:
+    """Equally spaced clip values, the one nearest to the largest magnitude moved onto it."""
+    return _with_one(np.linspace(lowest, highest, count))
+
+
+def log_clips(lowest: float = 0.25, highest: float = 2.0, count: int = 100) -> Clips:
+    """Clip values equally spaced in their logarithm, i.e. in the exponent bias; the one nearest to the largest
+    magnitude moved onto it. Above it nothing is clipped either, but the elements lie elsewhere."""
+    return _with_one(np.geomspace(lowest, highest, count))
+
+
+def _with_one(ratios: np.ndarray) -> Clips:
+    if not ratios[0] <= 1 <= ratios[-1]:
+        raise ValueError(f"clip ratios from {ratios[0]} to {ratios[-1]} do not contain 1, where nothing is clipped")
+    ratios[np.abs(ratios - 1).argmin()] = 1.0
+    return Clips(tuple(float(r) for r in ratios))
+
+
+class Found(NamedTuple):
+    """The best of each row's grids, [blocks, rows, 1], or [1, 1, 1] where one is shared; its format's mantissa bits;
+    and for each format the losses summed over all that it decides, [formats]."""
+
+    scale: jax.Array
+    mantissa: jax.Array
+    losses: jax.Array
+
+
+Spread = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def search_grids(
+    problem: Problem,
+    fmt: Float | AnyFloat,
+    candidates: Candidates,
+    method: Search,
+    metric: Metric,
+    shared: bool,
+    budget: int,
+    spread: Spread = lambda scale, _: jnp.ones_like(scale),
+) -> Found:
+    """The best format and scales for the vectors of a problem; one format for all of them.
+
+    Args:
+      fmt: `AnyFloat` tries all its splits, `Float` is the only one.
+      metric: what is minimized.
+      shared: one scale for all rows of all blocks, else one each.
+      budget: bytes that the arrays made on the way may take; rows are priced in as many parts as that needs.
+      spread: from a shared scale and the mantissa bits to what multiplies it in each channel, [1, 1, n].
+    """
+    mantissas = jnp.asarray([split.mantissa_bits for split in fmt.splits], jnp.int32).reshape(-1, 1, 1, 1)
+    v = problem.v
+    parts = -(-v.size * 4 * TEMPORARIES // budget)
+
+    def of_format(mantissa: jax.Array) -> tuple[jax.Array, jax.Array]:
+        width = jnp.where(problem.real[:, None] > 0, jnp.abs(v), 0)
+        width = width.max(keepdims=True) if shared else width.max(2, keepdims=True)
+        whole = scale_from_width(fmt, width, mantissa)
+
+        def loss(i: jax.Array) -> jax.Array:
+            scale = candidates.at(i.reshape(whole.shape), whole, mantissa)
+            found = priced(problem, fmt, scale * spread(scale, mantissa), mantissa, metric, parts)
+            return (found * problem.real).sum() if shared else found
+
+        shape = () if shared else whole.shape[:2]
+        best, losses = search_each(method, candidates.count, candidates.whole, shape, loss)
+        return candidates.at(best.reshape(whole.shape), whole, mantissa), losses
+
+    scales, losses = jax.lax.map(of_format, mantissas)
+    total = losses.reshape(len(mantissas), -1).sum(1)
+    best = total.argmin()
+    return Found(scales[best], mantissas[best], total)
+
+
+TEMPORARIES = 6  # arrays of the size of the vectors that pricing one candidate makes
+
+
+def priced(
+    problem: Problem,
+    fmt: Float | AnyFloat,
+    scale: jax.Array,
+    mantissa: jax.Array,
+    metric: Metric,
+    parts: int,
+) -> jax.Array:
+    """The loss of each row at the given scales, [blocks, rows], a part of the rows at a time."""
+    blocks, rows, _ = problem.v.shape
+    scale = jnp.broadcast_to(scale, (scale.shape[0], rows, scale.shape[2]))
+
+    def one(part: tuple) -> jax.Array:
+        v, gradient, energy, real, scale = part
+        few = Problem(v, problem.hessian, gradient, energy, real)
+        return metric(few, fake_quant(fmt, v, scale, None, mantissa))
+
+    whole = (problem.v, problem.gradient, problem.energy, problem.real, scale)
+    if parts == 1:
+        return one(whole)
+    size = -(-rows // parts)
+
+    def split(a: jax.Array | None) -> jax.Array | None:
+        if a is None:
+            return None
+        axis = 0 if a.ndim == 1 else 1
+        a = jnp.pad(a, [(0, parts * size - rows if i == axis else 0) for i in range(a.ndim)], constant_values=1)
+        return jnp.moveaxis(a.reshape(*a.shape[:axis], parts, size, *a.shape[axis + 1 :]), axis, 0)
+
+    losses = jax.lax.map(one, tuple(map(split, whole)))
+    return jnp.moveaxis(losses, 0, 1).reshape(blocks, -1)[:, :rows]
+
+
+def channel_exponents(fmt: Float | AnyFloat, scale: jax.Array, widest: jax.Array, mantissa: jax.Array) -> jax.Array:
+    """LLM-FP4's integer part of each channel's exponent bias, k_c in [0, 2**E - 1] (eq. 10-12): the power of two by
+    which a channel may be magnified before it is quantized at the tensor's `scale`.
+
+    Args:
+      scale: the tensor's, [1, 1, 1].
+      widest: each channel's largest magnitude, [in]; a channel that is all zero gets 0.
+      mantissa: [1, 1, 1].
+
+    Returns:
+      int32 [in].
+    """
+    m, _, largest = layout(fmt, mantissa)
+    most = jnp.left_shift(1, fmt.bits - 1 - m) - 1
+    room = divide(jnp.broadcast_to(scale.ravel() * jnp.ravel(largest), widest.shape), jnp.where(widest > 0, widest, 1))
+    k = jnp.rint(jnp.log2(jnp.maximum(room, 1))).astype(jnp.int32)
+    return jnp.where(widest > 0, jnp.minimum(k, jnp.ravel(jnp.asarray(most))), 0)
+
+
+def magnified(x: jax.Array, fmt: Float | AnyFloat, scale: jax.Array, k: jax.Array, mantissa: jax.Array) -> jax.Array:
+    """Q(x 2**k) 2**-k: the activation [tokens, in] as its contractions see it."""
+    return fake_quant(fmt, x, scale.reshape(1, 1) * power_of_two(-k)[None], None, mantissa.reshape(1, 1))
