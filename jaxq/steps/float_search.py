@@ -61,9 +61,10 @@ def linear_clips(lowest: float = 0.2, highest: float = 1.2, count: int = 100) ->
     return _with_one(np.linspace(lowest, highest, count))
 
 
-def log_clips(lowest: float = 0.25, highest: float = 2.0, count: int = 100) -> Clips:
+def log_clips(lowest: float = 0.5, highest: float = 2.0, count: int = 100) -> Clips:
     """Clip values equally spaced in their logarithm, i.e. in the exponent bias; the one nearest to the largest
-    magnitude moved onto it. Above it nothing is clipped either, but the elements lie elsewhere."""
+    magnitude moved onto it. Above it nothing is clipped either, but the elements lie elsewhere: but for the clipped and
+    the subnormal ones they are the same every factor of two, so that two octaves are enough."""
     return _with_one(np.geomspace(lowest, highest, count))
 
 

@@ -37,7 +37,7 @@ class FloatSearch:
 
     rounds: int = 3
     clips: Candidates = log_clips()
-    method: Search = coarse_to_fine()
+    method: Search = coarse_to_fine(stride=4)
     metric: Metric = output_error
     batches: int | None = None
     budget: int = 2**30
