@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxq.calibrate import Batch, calibrate
 from jaxq.clipping import Clipping, search_percentile
-from jaxq.formats import Int
+from jaxq.formats import AnyFloat, Float, Format, Int
 from jaxq.observers import (
     Observer,
     average_min_max,
@@ -22,25 +22,37 @@ from jaxq.observers import (
 )
 from jaxq.qtensor import Quantized
 from jaxq.quantizer import Quantizer, per_channel, per_group, per_tensor, per_token
-from jaxq.recipes import HEAD_NAMES, Activations, OSPlus, RecipeFile, SmoothQuant, TokenQuantile, Weights
+from jaxq.recipe_numbers import Activations, Embeddings, Numbers, TokenQuantile, Weights
+from jaxq.recipes import HEAD_NAMES, FloatMethod, Method, OSPlus, RecipeFile, SmoothQuant
 from jaxq.search import coarse_to_fine, exhaustive
 from jaxq.steps import (
+    FloatSearch,
     Group,
     Step,
     chain,
     channel_scale,
     channel_shift,
+    cosine,
+    diagonal_hessian,
     fed_by_norm,
     foldable,
+    fpq_baseline,
     gamma_migration,
+    llm_fp4,
     nothing,
     os_plus,
+    output_error,
+    post_shifted_fp4,
     quantize,
     skip,
     smooth_quant,
 )
 
 SEARCHES = {"exhaustive": exhaustive(), "fast": coarse_to_fine()}
+FLOAT_SEARCHES = {"exhaustive": exhaustive(), "fast": FloatSearch().method}
+METRICS = {"output_error": output_error, "cosine": cosine, "diagonal_hessian": diagonal_hessian}
+FLOAT_METHODS = {"llm_fp4": llm_fp4, "post_shifted_fp4": post_shifted_fp4, "fpq_baseline": fpq_baseline}
+PLAIN_METHODS = {"gamma_migration": gamma_migration, "channel_shift": channel_shift, "none": nothing}
 GROUPS = {"norms": fed_by_norm, "foldable": foldable}
 PLAIN_OBSERVERS = {
     "min_max": min_max,
@@ -52,7 +64,8 @@ PLAIN_OBSERVERS = {
 
 
 def to_step(recipe: RecipeFile, percentile: float = 1.0) -> Step:
-    """The recipe's method and then `quantize`, everywhere but at the sites it skips.
+    """The recipe's methods and, where the last does not quantize, `quantize` after them; everywhere but at the sites it
+    skips.
 
     Args:
       percentile: stands in where the recipe says `percentile: search`; `calibrate_recipe` does search it.
@@ -60,12 +73,17 @@ def to_step(recipe: RecipeFile, percentile: float = 1.0) -> Step:
     A `skip` pattern that matches nothing is an error in `calibrate`, but for the two default ones: a model has either
     a head of its own or one tied to its embedding.
     """
-    numbers = quantize(
-        weights=_weights(recipe.weights),
-        activations=_activations(recipe.activations, percentile),
-        attention=_activations(recipe.attention, percentile),
-    )
-    step = skip(recipe.skip, chain(_method(recipe.method), numbers))
+    *before, last = recipe.method
+    searched = isinstance(last, FloatMethod)
+    numbers = {
+        name: _quantizer(getattr(recipe, name), percentile, searched)
+        for name in ("weights", "activations", "attention", "embeddings")
+    }
+    if isinstance(last, FloatMethod):
+        final = FLOAT_METHODS[last.name](**numbers, search=_float_search(last))
+    else:
+        final = chain(_method(last), quantize(**numbers))
+    step = skip(recipe.skip, chain(*map(_method, before), final))
     return step._replace(patterns=tuple(p for p in recipe.skip if p not in HEAD_NAMES))
 
 
@@ -106,34 +124,49 @@ def searches_percentile(recipe: RecipeFile) -> bool:
     return any(isinstance(o, TokenQuantile) and o.percentile == "search" for o in observers)
 
 
-def _method(method: Any) -> Step:
+def _method(method: Method) -> Step:
     if isinstance(method, OSPlus):
         where = GROUPS[method.groups]
         scale = channel_scale(method.lower, method.candidates, SEARCHES[method.search], where=where)
         return os_plus(channel_shift() if method.shift else nothing(), scale)
     if isinstance(method, SmoothQuant):
         return smooth_quant(method.alpha, where=GROUPS[method.groups])
-    return gamma_migration() if method.name == "gamma_migration" else nothing()
+    return PLAIN_METHODS[method.name]()
 
 
-def _weights(numbers: Weights | None) -> Quantizer | None:
+def _float_search(method: FloatMethod) -> FloatSearch:
+    return FloatSearch(
+        rounds=method.rounds,
+        clips=method.clip_values(),
+        method=FLOAT_SEARCHES[method.search],
+        metric=METRICS[method.metric],
+    )
+
+
+def _quantizer(
+    numbers: Weights | Activations | Embeddings | None, percentile: float, searched: bool
+) -> Quantizer | None:
+    """`searched`: the method finds formats and ranges, so there is nothing to observe."""
     if numbers is None:
         return None
-    fmt, observer = Int(numbers.bits, numbers.symmetric), _observer(numbers.observer, 1.0)
-    if numbers.granularity == "group":
-        return per_group(fmt, _size(numbers), observer)
-    return (per_channel if numbers.granularity == "channel" else per_tensor)(fmt, observer)
-
-
-def _activations(numbers: Activations | None, percentile: float) -> Quantizer | None:
-    if numbers is None:
-        return None
-    fmt = Int(numbers.bits, numbers.symmetric)
-    if numbers.granularity == "group":
-        return per_group(fmt, _size(numbers))
+    fmt = _format(numbers, searched)
+    if isinstance(numbers, Embeddings):
+        return per_channel(fmt, None if searched else _observer(numbers.observer, percentile))
+    dynamic = isinstance(numbers, Activations) and numbers.granularity != "tensor"
+    observer = None if searched or dynamic else _observer(numbers.observer, percentile)
     if numbers.granularity == "token":
         return per_token(fmt)
-    return per_tensor(fmt, _observer(numbers.observer, percentile))
+    if numbers.granularity == "group":
+        return per_group(fmt, _size(numbers), observer)
+    return (per_tensor if numbers.granularity == "tensor" else per_channel)(fmt, observer)
+
+
+def _format(numbers: Numbers, searched: bool) -> Format:
+    if numbers.format == "int":
+        return Int(numbers.bits, numbers.symmetric)
+    if numbers.exponent_bits is not None:
+        return Float(numbers.exponent_bits, numbers.bits - 1 - numbers.exponent_bits)
+    return AnyFloat(numbers.bits) if searched else AnyFloat(numbers.bits).usual
 
 
 def _size(numbers: Weights | Activations) -> int:

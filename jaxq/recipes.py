@@ -8,31 +8,34 @@
     skip: ["lm_head/*", "embed*"]
     calibration: {samples: 128, length: 512, batch_size: 16, propagate: quantized}
 
-`method` and `observer` may be any of those below; what is left out has the default given there.
+`method` may be any of those below, `observer` any of those in `recipe_numbers`; what is left out has the default given
+there. Numbers may be floats, methods may be several, each working on what the one before it left, and tables that are
+looked up may be quantized too:
+
+    name: OS+ and LLM-FP4, W4A4E4
+    method: [{name: os_plus}, {name: llm_fp4, rounds: 3}]
+    weights: {format: float, bits: 4, granularity: channel}
+    activations: {format: float, bits: 4, exponent_bits: 2}
+    embeddings: {format: float, bits: 4}
+    skip: ["lm_head/*"]
 """
 
 from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
+from jaxq.recipe_numbers import Activations, Embeddings, Part, Weights
+from jaxq.steps.float_search import Clips, linear_clips, log_clips
 from jaxq.yaml_file import read_yaml
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Decay = Annotated[float, Field(gt=0, lt=1)]
 # Which inputs are scaled: those that a norm makes, or also those that an earlier layer's columns do (down projections).
 MigratedGroups = Literal["norms", "foldable"]
 # A model has one or the other: a head of its own, or one tied to its embedding.
 HEAD_NAMES = ("lm_head/*", "embed*")
-
-
-class Part(BaseModel):
-    """A mapping of a recipe: only the keys it names, only values of their type."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class OSPlus(Part):
@@ -53,86 +56,36 @@ class SmoothQuant(Part):
 
 
 class PlainMethod(Part):
-    """Outlier Suppression's gamma migration, or none at all: round to nearest."""
+    """Outlier Suppression's gamma migration, the shift of OS+ alone, or none at all: round to nearest."""
 
-    name: Literal["gamma_migration", "none"]
-
-
-class PlainObserver(Part):
-    name: Literal["min_max", "average_min_max", "mse", "average_mse"]
+    name: Literal["gamma_migration", "channel_shift", "none"]
 
 
-class EMAMinMax(Part):
-    name: Literal["ema_min_max"]
-    decay: Decay = 0.9
+class FloatMethod(Part):
+    """LLM-FP4 with pre-shifted or post-shifted exponent biases, or its baseline without them. `candidates` clip values
+    from `lowest` to `highest`, fractions of the largest magnitude (None: those of `log_clips` or `linear_clips`)."""
 
-
-class AverageQuantile(Part):
-    name: Literal["average_quantile"]
-    fraction: Fraction = 0.999
-
-
-class EMAQuantile(Part):
-    name: Literal["ema_quantile"]
-    fraction: Fraction = 0.9999
-    decay: Decay = 0.9
-
-
-class LSQPlus(Part):
-    """Mean plus and minus three standard deviations; symmetric weights only."""
-
-    name: Literal["lsq_plus"]
-
-
-class TokenQuantile(Part):
-    """Token-wise clipping at a percentile of the tokens' extremes, given or searched for the smallest loss."""
-
-    name: Literal["token_quantile"]
-    percentile: Fraction | Literal["search"]
-
-
-Method = Annotated[OSPlus | SmoothQuant | PlainMethod, Field(discriminator="name")]
-AnyObserver = PlainObserver | EMAMinMax | AverageQuantile | EMAQuantile
-WeightObserver = Annotated[AnyObserver | LSQPlus, Field(discriminator="name")]
-ActivationObserver = Annotated[AnyObserver | TokenQuantile, Field(discriminator="name")]
-
-
-class Numbers(Part):
-    bits: Annotated[int, Field(ge=2, le=8)]
-    symmetric: bool = True
-    granularity: str
-    group_size: PositiveInt | None = None
+    name: Literal["llm_fp4", "post_shifted_fp4", "fpq_baseline"]
+    rounds: PositiveInt = 3
+    candidates: PositiveInt = 100
+    clips: Literal["log", "linear"] = "log"
+    lowest: PositiveFloat | None = None
+    highest: PositiveFloat | None = None
+    search: Literal["exhaustive", "fast"] = "fast"
+    metric: Literal["output_error", "cosine", "diagonal_hessian"] = "output_error"
 
     @model_validator(mode="after")
-    def _combination(self) -> Numbers:
-        if (self.granularity == "group") != (self.group_size is not None):
-            raise ValueError("`granularity: group` and `group_size` belong together: give both or neither")
+    def _clips(self) -> FloatMethod:
+        self.clip_values()  # which refuses those that make no sense
         return self
 
-
-class Weights(Numbers):
-    granularity: Literal["tensor", "channel", "group"] = "channel"
-    observer: WeightObserver = PlainObserver(name="min_max")
-
-    @model_validator(mode="after")
-    def _observer(self) -> Weights:
-        if self.observer.name == "lsq_plus" and not self.symmetric:
-            raise ValueError("the observer lsq_plus is for symmetric weights: `symmetric: true`, or min_max or mse")
-        return self
+    def clip_values(self) -> Clips:
+        ends = {"lowest": self.lowest, "highest": self.highest}
+        given = {name: end for name, end in ends.items() if end is not None}
+        return (log_clips if self.clips == "log" else linear_clips)(**given, count=self.candidates)
 
 
-class Activations(Numbers):
-    granularity: Literal["tensor", "token", "group"] = "tensor"
-    observer: ActivationObserver = PlainObserver(name="average_min_max")
-
-    @model_validator(mode="after")
-    def _observer(self) -> Activations:
-        if self.granularity != "tensor" and "observer" in self.model_fields_set:
-            raise ValueError(
-                f"`granularity: {self.granularity}` takes the range of each {self.granularity} anew at every call: "
-                "leave `observer` out, or use `granularity: tensor`"
-            )
-        return self
+Method = Annotated[OSPlus | SmoothQuant | PlainMethod | FloatMethod, Field(discriminator="name")]
 
 
 class Calibration(Part):
@@ -143,15 +96,55 @@ class Calibration(Part):
 
 
 class RecipeFile(Part):
-    """A whole recipe. `weights`, `activations` and `attention` (its two matmuls) are in full precision where null."""
+    """A whole recipe. `weights`, `activations`, `attention` (its two matmuls) and `embeddings` are in full precision
+    where null. A single method may be given without a list around it."""
 
     name: str
-    method: Method
+    method: Annotated[list[Method], Field(min_length=1)]
     weights: Weights | None
     activations: Activations | None
     attention: Activations | None = None
-    skip: list[str] = list(HEAD_NAMES)
+    embeddings: Embeddings | None = None
+    skip: list[str] = Field(default=list(HEAD_NAMES), validate_default=True)
     calibration: Calibration = Calibration()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _listed(cls, method: Any) -> Any:
+        return method if isinstance(method, list) else [method]
+
+    @field_validator("method")
+    @classmethod
+    def _quantizes_last(cls, method: list[Method]) -> list[Method]:
+        if early := [m.name for m in method[:-1] if isinstance(m, FloatMethod)]:
+            names = ", ".join(m.name for m in method)
+            raise ValueError(f"{early[0]} quantizes, so nothing can come after it: put it last; found {names}")
+        return method
+
+    @field_validator("weights", "activations", "attention", "embeddings")
+    @classmethod
+    def _searched(cls, numbers: Weights | Activations | Embeddings | None, info: ValidationInfo) -> Any:
+        last = info.data["method"][-1] if "method" in info.data else None
+        if numbers is None or not isinstance(last, FloatMethod):
+            return numbers
+        if numbers.format != "float":
+            raise ValueError(f"{last.name} searches floats: add `format: float`, or use another method")
+        if "observer" in numbers.model_fields_set:
+            raise ValueError(f"{last.name} searches the range: leave `observer` out")
+        if isinstance(numbers, Activations) and numbers.granularity != "tensor":
+            wanted = "searches one static range for the tensor: use `granularity: tensor`"
+            raise ValueError(f"{last.name} {wanted}, found {numbers.granularity!r}")
+        return numbers
+
+    @field_validator("skip")
+    @classmethod
+    def _leaves_embeddings(cls, skip: list[str], info: ValidationInfo) -> list[str]:
+        if info.data.get("embeddings") is not None and HEAD_NAMES[1] in skip:
+            raise ValueError(
+                f"{HEAD_NAMES[1]!r}, there by default, leaves in full precision what `embeddings` is to quantize: "
+                f'leave one of them out, as with `skip: ["{HEAD_NAMES[0]}"]`; a head tied to the table is quantized'
+            )
+        return skip
 
 
 def recipe_files() -> dict[str, Path]:

@@ -22,7 +22,7 @@ def read_yaml(path: Path, model: type[Model]) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {_explain(item, model)}" for item in error.errors())) from error
+        raise ValueError("\n".join(f"{path}: {_explain(item, model, content)}" for item in error.errors())) from error
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -36,8 +36,8 @@ class _OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _explain(error: Any, root: type[BaseModel]) -> str:
-    path, keys, inside = _locate(error["loc"], root)
+def _explain(error: Any, root: type[BaseModel], content: Any) -> str:
+    path, keys, inside = _locate(error["loc"], root, content)
     where, found, kind = ".".join(path) or "the file", error["input"], error["type"]
     if kind == "extra_forbidden":
         return f"{where}: unknown key; {_nearest(path[-1], keys)}"
@@ -58,20 +58,28 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"did you mean {get_close_matches(word, known, n=1, cutoff=0.0)[0]!r}? (known here: {', '.join(known)})"
 
 
-def _locate(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str], list[str], list[type[BaseModel]]]:
+def _locate(
+    loc: tuple[int | str, ...], root: type[BaseModel], content: Any
+) -> tuple[list[str], list[str], list[type[BaseModel]]]:
     """The keys that lead to an error, the keys known at the last of them, and the models that may stand there.
 
-    `loc` also has what pydantic adds: the tag of a discriminated union, and for a union of scalars its member.
+    `loc` also has what pydantic adds: the tag of a discriminated union, for a union of scalars its member, and the
+    place in a list where the file has a single value in its stead.
     """
     path, keys, models = [], list(root.model_fields), [root]
     for part in loc:
         tagged = [model for model in models if part in _names([model])]
-        if len(models) > 1 and tagged:
+        if isinstance(part, int):
+            if isinstance(content, list):
+                path.append(str(part))
+                content = content[part]
+        elif len(models) > 1 and tagged:
             models = tagged
-        elif models or isinstance(part, int):
+        elif models:
             keys = list(dict.fromkeys(key for model in models for key in model.model_fields))
-            path.append(str(part))
+            path.append(part)
             models = [child for model in models for child in _models(_annotation(model, part))]
+            content = content.get(part) if isinstance(content, dict) else None
     return path, keys, models
 
 
@@ -79,11 +87,11 @@ def _names(models: list[type[BaseModel]]) -> list[str]:
     return [name for model in models for name in get_args(_annotation(model, "name"))]
 
 
-def _annotation(model: type[BaseModel], key: int | str) -> Any:
-    return model.model_fields[str(key)].annotation if key in model.model_fields else None
+def _annotation(model: type[BaseModel], key: str) -> Any:
+    return model.model_fields[key].annotation if key in model.model_fields else None
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    if get_origin(annotation) in (Annotated, Union, UnionType):
+    if get_origin(annotation) in (Annotated, Union, UnionType, list):
         return [model for part in get_args(annotation) for model in _models(part)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +21,10 @@ from jaxq.clipping import Clipping
 from jaxq.evaluate import pack, read_documents
 from jaxq.execute import execute
 from jaxq.fold import fold
+from jaxq.formats import AnyFloat, Float, Format
 from jaxq.models import Model, load
 from jaxq.program.trace import trace
-from jaxq.qtensor import Quantized
+from jaxq.qtensor import Grid, Quantized, is_qtensor
 from jaxq.recipe_steps import calibrate_recipe, to_step
 from jaxq.recipes import RecipeFile, read_recipe
 from jaxq.report import counting, say
@@ -71,9 +73,11 @@ def quantize_command(name: str, recipe_name: str, calibration: Calibration, out:
     _say_proofs(folded, errors)
     if clipping is not None:
         say(f"token-wise clipping: percentile {clipping.percentile:.3f} of {len(clipping.percentiles)} tried")
+    formats = float_formats(quantized)
+    _say_formats(formats)
     whole = not folded.quantized.inputs
     about = _about(model, recipe, calibration, batches, time.perf_counter() - started)
-    about |= {"proofs": _proofs(folded, errors), "clipping": _clipping(clipping)}
+    about |= {"proofs": _proofs(folded, errors), "clipping": _clipping(clipping), "float_formats": formats}
     save_model(out, model, quantized, about, folded.quantized.params if export and whole else None)
     say(f"saved to {out}" + (f", the folded full-precision model to {out / EXPORTED}" if export and whole else ""))
     if export and not whole:
@@ -123,6 +127,32 @@ def check_fold(model: Model, quantized: Quantized, batch: np.ndarray) -> Folded:
     after = jax.jit(execute(model.forward))(folded, tokens).astype(jnp.float32)
     error = float(jnp.linalg.norm((after - before).ravel()) / jnp.linalg.norm(before.ravel()))
     return Folded(folded, error)
+
+
+def float_formats(quantized: Quantized) -> dict[str, dict[str, int]]:
+    """How many weights (tables among them) and how many activations have which float format, by its name (E2M1)."""
+    leaves = jax.tree.leaves(quantized.params, is_leaf=is_qtensor)
+    return {
+        "weights": _count((leaf.format, leaf.grid) for leaf in leaves if is_qtensor(leaf)),
+        "activations": _count((quant.format, quant.grid) for quant in quantized.inputs.values()),
+    }
+
+
+def _count(numbers: Iterable[tuple[Format | None, Grid | None]]) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for fmt, grid in numbers:
+        if isinstance(fmt, AnyFloat) and grid is not None and grid.mantissa is not None:
+            found.update(f"E{fmt.bits - 1 - m}M{m}" for m in np.ravel(grid.mantissa).tolist())
+        elif isinstance(fmt, Float | AnyFloat):
+            split = fmt.usual if isinstance(fmt, AnyFloat) else fmt
+            found[f"E{split.exponent_bits}M{split.mantissa_bits}"] += 1
+    return dict(found.most_common())
+
+
+def _say_formats(formats: dict[str, dict[str, int]]) -> None:
+    told = [f"{what} {', '.join(f'{n} {fmt}' for fmt, n in found.items())}" for what, found in formats.items() if found]
+    if told:
+        say(f"float formats: {'; '.join(told)}")
 
 
 def _say_proofs(folded: Folded, errors: dict[str, float]) -> None:
