@@ -15,33 +15,69 @@ from rich.table import Table
 from jaxq.calibrate import calibrate
 from jaxq.evaluate import pack, perplexity, stdlib_documents
 from jaxq.execute import execute
-from jaxq.formats import Int
+from jaxq.formats import AnyFloat, Int
 from jaxq.models import Model, load
-from jaxq.quantizer import Quantizer, per_channel, per_tensor, per_token
+from jaxq.quantizer import per_channel, per_tensor, per_token
 from jaxq.report import console, progress, say
-from jaxq.steps import Group, Step, chain, channel_range, fed_by_norm, nothing, os_plus, quantize, skip, smooth_quant
+from jaxq.search import exhaustive
+from jaxq.steps import (
+    FloatSearch,
+    Group,
+    Step,
+    chain,
+    channel_range,
+    channel_shift,
+    fed_by_norm,
+    fpq_baseline,
+    llm_fp4,
+    log_clips,
+    nothing,
+    os_plus,
+    quantize,
+    skip,
+    smooth_quant,
+)
 
 MODEL = "stdlib-opt"
 BITS = (8, 6, 4)
 ACTIVATIONS = {"per tensor": per_tensor, "per token": per_token}
 METHODS = {"round to nearest": nothing(), "SmoothQuant": smooth_quant(), "OS+": os_plus()}
+# Shorter than the default, as this is a demo: one turn, few clip values, activations searched on one microbatch.
+SEARCH = FloatSearch(rounds=1, clips=log_clips(count=16), method=exhaustive(), batches=1)
+FLOATS = {
+    6: {"MinMax": quantize(AnyFloat(6).usual, AnyFloat(6).usual)},
+    4: {
+        "MinMax": quantize(AnyFloat(4).usual, AnyFloat(4).usual),
+        "FPQ baseline": fpq_baseline(4, 4, search=SEARCH),
+        "LLM-FP4": llm_fp4(4, 4, search=SEARCH),
+        "OS+ shift, LLM-FP4": chain(channel_shift(), llm_fp4(4, 4, search=SEARCH)),
+    },
+}
 CALIBRATION_WINDOWS, BATCH = 16, 4
 
 
 @dataclass(frozen=True)
 class Setting:
-    bits: int
-    granularity: str
+    name: str
     method: str
+    step: Step
 
-    @property
-    def name(self) -> str:
-        return f"W{self.bits}A{self.bits} {self.granularity}"
 
-    def step(self) -> Step:
-        numbers = Int(self.bits, symmetric=False)
-        activations: Quantizer = ACTIVATIONS[self.granularity](numbers)
-        return skip(["embed*"], chain(METHODS[self.method], quantize(per_channel(numbers), activations)))
+def settings() -> list[Setting]:
+    """Integers and then floats, whose activations are per tensor."""
+    numbers = {bits: Int(bits, symmetric=False) for bits in BITS}
+    integers = [
+        Setting(f"W{bits}A{bits} {name}", method, chain(step, quantize(per_channel(fmt), activations(fmt))))
+        for bits, fmt in numbers.items()
+        for name, activations in ACTIVATIONS.items()
+        for method, step in METHODS.items()
+    ]
+    floats = [
+        Setting(f"W{bits}A{bits} float", method, step)
+        for bits, methods in FLOATS.items()
+        for method, step in methods.items()
+    ]
+    return integers + floats
 
 
 @dataclass(frozen=True)
@@ -85,9 +121,8 @@ def run_demo(out: Path, windows: int) -> None:
         "modules that the model has not seen"
     )
     seen = Seen()
-    settings = [Setting(bits, name, method) for bits in BITS for name in ACTIVATIONS for method in METHODS]
     results = [_measure(model, batches, texts, None, seen)]
-    for setting in progress(settings, "quantizing and evaluating"):
+    for setting in progress(settings(), "quantizing and evaluating"):
         results.append(_measure(model, batches, texts, setting, seen))
     console().print(_table(results, len(texts) * (length - 1)))
     worst = _worst(seen.before)
@@ -114,7 +149,8 @@ def _measure(
         started = time.perf_counter()
         watch = setting.method == "OS+" and setting.name == "W8A8 per tensor"
         on_group = seen.note if watch else None
-        params = calibrate(model.forward, model.params, batches, setting.step(), on_group=on_group)
+        step = skip(["embed*"], setting.step)
+        params = calibrate(model.forward, model.params, batches, step, on_group=on_group)
         calibration = time.perf_counter() - started
     found = perplexity(execute(model.forward), params, texts)
     return Result(setting, found.perplexity, calibration, found.seconds)
@@ -135,7 +171,8 @@ def _worst(ranges: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
 
 def _table(results: list[Result], tokens: int) -> Table:
     title = f"perplexity of {MODEL} on {tokens} held-out tokens (times include compilation)"
-    table = Table(title=title, title_justify="left")
+    caption = "float: activations per tensor, and a coarser search than the default one" if FLOATS else None
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("numbers", "method"):
         table.add_column(column, no_wrap=True)
     for column in ("perplexity", "calibration", "evaluation"):

@@ -6,12 +6,12 @@ import pytest
 from rich.console import Console
 
 from jaxq import demo
-from jaxq.steps import nothing, os_plus
+from jaxq.steps import llm_fp4, nothing, os_plus
 from tests.tiny import OPT, tiny_model
 
 
 def run_small(monkeypatch: pytest.MonkeyPatch, out: Path) -> str:
-    shown = Console(file=io.StringIO(), width=100)
+    shown = Console(file=io.StringIO(), width=80)
     monkeypatch.setattr(demo, "console", lambda: shown)
     monkeypatch.setattr(demo, "say", shown.print)
     demo.run_demo(out, 4)
@@ -23,9 +23,12 @@ def test_the_table_and_the_plots(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "BITS", (8,))
     monkeypatch.setattr(demo, "ACTIVATIONS", {"per tensor": demo.per_tensor})
     monkeypatch.setattr(demo, "METHODS", {"round to nearest": nothing(), "OS+": os_plus()})
+    monkeypatch.setattr(demo, "FLOATS", {4: {"LLM-FP4": llm_fp4(4, 4, search=demo.SEARCH)}})
     shown = run_small(monkeypatch, tmp_path / "plots")
+    words = " ".join(shown.split())
     for text in ("full precision", "W8A8 per tensor", "round to nearest", "OS+", "times the median channel"):
-        assert text in " ".join(shown.split())
+        assert text in words
+    assert "W4A4 float" in words and "LLM-FP4" in words
     for name in ("ranges.png", "search.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
 
@@ -34,7 +37,9 @@ def test_the_table_and_the_plots(monkeypatch, tmp_path):
 def test_the_whole_demo(monkeypatch, tmp_path):
     shown = run_small(monkeypatch, tmp_path)
     rows = [line for line in shown.splitlines() if "W4A4" in line or "W6A6" in line or "W8A8" in line]
-    assert len(rows) == 18
+    assert len(rows) == 18 + 5 and "…" not in shown, "the table fits into 80 columns"
+    found = {(line.split("│")[1].strip(), line.split("│")[2].strip()): float(line.split("│")[3]) for line in rows}
+    assert found["W4A4 float", "LLM-FP4"] < found["W4A4 float", "MinMax"] < found["W4A4 per tensor", "round to nearest"]
 
 
 def test_outlier_ratio():

@@ -92,7 +92,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("demo"),
     windows: Annotated[int, typer.Option(min=1, help="Windows of held-out text to evaluate on.")] = 32,
 ) -> None:
-    """Quantize the embedded model in several ways, offline, and compare perplexities (2 to 3 minutes)."""
+    """Quantize the embedded model in several ways, offline, and compare perplexities (about 3 minutes)."""
     from jaxq.demo import run_demo
 
     run_demo(out, windows)
