@@ -110,7 +110,7 @@ def search_grids(
       spread: from a shared scale and the mantissa bits to what multiplies it in each channel, [1, 1, n].
     """
     mantissas = jnp.asarray([split.mantissa_bits for split in fmt.splits], jnp.int32).reshape(-1, 1, 1, 1)
-    parts = -(-problem.v.size * 4 * TEMPORARIES // budget)
+    parts = _parts(problem.v.size * 4, budget)
     width = jnp.where(problem.real[:, None] > 0, jnp.abs(problem.v), 0)
     width = width.max(keepdims=True) if shared else width.max(2, keepdims=True)
     shape = () if shared else width.shape[:2]
@@ -134,7 +134,14 @@ def search_grids(
     return Found(scale_at(i, mantissa), mantissa, totals.at[best].set(losses.sum()))
 
 
-TEMPORARIES = 6  # arrays of the size of the vectors that pricing one candidate makes
+# Arrays of the size of the vectors: that live through the whole search (the problem and the result), and that pricing
+# one candidate makes.
+LASTING, PASSING = 4, 6
+
+
+def _parts(size: int, budget: int) -> int:
+    """Into how many parts the rows are split; where the lasting arrays alone exceed the budget, into small ones."""
+    return -(-PASSING * size // max(budget - LASTING * size, budget // 8))
 
 
 def priced(
