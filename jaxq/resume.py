@@ -79,7 +79,7 @@ def _of_group(group: Group) -> dict[str, str]:
 
 def _found(before: Group, after: Group) -> dict[str, Any]:
     """What the step changed."""
-    if after.spec is not before.spec:
+    if after.spec != before.spec:
         raise ValueError(f"{after.plan.name}: a step changed the group's `spec` while it ran, which has no record")
     found = {name: getattr(after, name) for name in FOUND}
     for name in ("weights", "biases"):
@@ -120,7 +120,7 @@ def _read(file: Path, given: dict[str, str]) -> dict[str, Any]:
     different = [name for name, value in given.items() if record["given"].get(name) != value]
     if different:
         raise ValueError(
-            f"{file} was recorded by another calibration; different are {', '.join(different)}. Calibrate as then, or "
-            f"choose another checkpoint folder, or remove {file.parent}"
+            f"{file} was recorded by another calibration; different are {', '.join(different)}. Repeat that one, "
+            f"or choose another checkpoint folder, or remove {file.parent}"
         )
     return found
