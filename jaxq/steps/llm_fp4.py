@@ -145,7 +145,7 @@ def _contraction(group: Group, how: Settings) -> Group:
     layer = layer_of(group, free)
     found = alternate(layer, w, x, replace(how, magnify=how.magnify and x is not None and group.can_scale()))
     exponents = found.input.exponents if found.input is not None else None
-    moved = group
+    moved = group.noted(losses=found.losses)
     if exponents is not None and np.asarray(exponents).any():
         moved = transformed(group, scale=power_of_two(-exponents).reshape(group.channels))
     if found.input is not None and x is not None:
@@ -161,7 +161,7 @@ def _contraction(group: Group, how: Settings) -> Group:
         if exponents is not None and not how.absorb and np.asarray(exponents).any():
             spread = weight_spread(member, -exponents.reshape(group.channels))
             codes[path] = replace(codes[path], exponents=spread.astype(jnp.int8))
-    return encoded(moved, codes).noted(losses=found.losses, input=found.input, weights=found.weights)
+    return encoded(moved, codes)
 
 
 def _coded(leaf: jax.Array, quantizer: Quantizer, found: Found, axes: tuple[int, ...]) -> QTensor:
