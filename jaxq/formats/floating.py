@@ -33,7 +33,7 @@ class Float:
     | E3M2   | 3  | 28          | 8 steps of 1/16, then 4 each from 0.5, 1 .. 16   | float6_e3m2fn                    |
     | E3M4   | 3  | 31          | 32 steps of 1/64, then 16 each from 0.5 .. 16    |                                  |
     | E4M3   | 7  | 480         | 16 steps of 2**-9, then 8 each from 2**-5 .. 256 | float8_e4m3fn: `reserved=1`, 448 |
-    | E5M2   | 15 | 114688      | 8 steps of 2**-16, then 4 each from 2**-13 .. 2**16 | float8_e5m2: `reserved=4`, 57344 |
+    | E5M2   | 15 | 114688      | 8 steps of 2**-16, 4 each from 2**-13 .. 2**16   | float8_e5m2: `reserved=4`, 57344 |
 
     No code is an infinity or NaN. A code is sign, exponent and mantissa, in this order, in the low bits of a uint8;
     there is a negative zero. LLM-FP4's real-valued exponent bias b (arXiv:2310.16836, eq. 3-5) is the same as a scale,
