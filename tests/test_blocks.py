@@ -26,7 +26,7 @@ from jaxq.steps import Step
 from jaxq.steps.group import transformed
 from jaxq.storage import load, save
 from tests.zoo import bare
-from tests.zoo.specimen import block, block_params, linear, linear_params, norm, normal, tokens, weight
+from tests.zoo.specimen import block, block_params, linear, linear_params, normal, tokens, weight
 
 E5M2 = Float(5, 2, reserved=4)
 # Each with the type of its elements and, for MX, the exponent of the largest one (OCP MX v1.0, table 1).
