@@ -28,8 +28,9 @@ def divided(leaf: Any, v: jax.Array) -> Any:
     """A leaf over a spread vector; a quantized one keeps its codes and divides its scales (exact: only its output
     channels are concerned)."""
     if isinstance(leaf, QTensor):
-        grid = replace(leaf.grid, scale=leaf.grid.scale / v.astype(jnp.float32))
-        return replace(leaf, grid=grid)
+        coarsest = "scale" if leaf.grid.outer is None else "outer"  # a block's scale stays a number of few bits
+        factor = getattr(leaf.grid, coarsest) / v.astype(jnp.float32)
+        return replace(leaf, grid=replace(leaf.grid, **{coarsest: factor}))
     return jnp.asarray(leaf) / v.astype(leaf.dtype)
 
 

@@ -49,6 +49,7 @@ def _objective(place: Place, plan: GroupPlan, segment: Segment) -> Objective:
         Consumer(
             segment.position(m.site.node),
             m.site.leaf_axes,
+            m.site.experts,
             m.site.ref.views if m.site.ref else (),
             m.site.operands.w_axes,
             len(m.site.shapes[m.site.operands.w]),
