@@ -118,7 +118,7 @@ def search_grids(
         def loss(i: jax.Array) -> jax.Array:
             scale = candidates.at(i.reshape(whole.shape), whole, mantissa)
             found = priced(problem, fmt, scale * spread(scale, mantissa), mantissa, metric, parts)
-            return (found * problem.real).sum() if shared else found
+            return (found * problem.real[None]).sum() if shared else found
 
         shape = () if shared else whole.shape[:2]
         best, losses = search_each(method, candidates.count, candidates.whole, shape, loss)
