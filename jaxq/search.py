@@ -79,14 +79,15 @@ def search_each(
       count: how many candidates there are.
       sure: the index of a candidate that is tried in any case.
       shape: of the choices.
-      loss: from indices of candidates, int32 [*shape], to their losses, float32 [*shape].
+      loss: from indices of candidates, int32 [*shape], to their losses, float32 [*shape]; NaN loses.
 
     Returns:
       the index of the first smallest loss, int32 [*shape], and that loss.
     """
 
     def tried(losses: jax.Array, wanted: jax.Array) -> jax.Array:
-        return jnp.put_along_axis(losses, wanted, jax.lax.map(loss, wanted), 0, inplace=False)
+        found = jax.lax.map(loss, wanted)
+        return jnp.put_along_axis(losses, wanted, jnp.where(jnp.isnan(found), jnp.inf, found), 0, inplace=False)
 
     first = np.unique([*range(0, count, method.stride), sure])
     wanted = jnp.broadcast_to(first.reshape(-1, *[1] * len(shape)), (len(first), *shape))
