@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,6 +78,7 @@ def calibrate_recipe(
     *,
     masks: Sequence[Any] | None = None,
     on_group: Callable[[Group], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> tuple[Quantized, Clipping | None]:
     """`calibrate` as a recipe file says; where it says `percentile: search`, also what that search found.
 
@@ -85,7 +87,9 @@ def calibrate_recipe(
     propagate = recipe.calibration.propagate
     if not searches_percentile(recipe):
         step = to_step(recipe)
-        quantized = calibrate(forward, params, batches, step, masks=masks, propagate=propagate, on_group=on_group)
+        quantized = calibrate(
+            forward, params, batches, step, masks=masks, propagate=propagate, on_group=on_group, checkpoint=checkpoint
+        )
         return quantized, None
     bits = min(numbers.bits for numbers in (recipe.activations, recipe.attention) if numbers is not None)
     clipping = search_percentile(
@@ -97,6 +101,7 @@ def calibrate_recipe(
         masks=masks,
         propagate=propagate,
         on_group=on_group,
+        checkpoint=checkpoint,
     )
     return clipping.quantized, clipping
 

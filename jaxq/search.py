@@ -84,19 +84,47 @@ def search_each(
     Returns:
       the index of the first smallest loss, int32 [*shape], and that loss.
     """
+    return best_of(refine(method, coarse(method, count, sure, shape, loss), loss))
 
-    def tried(losses: jax.Array, wanted: jax.Array) -> jax.Array:
-        found = jax.lax.map(loss, wanted)
-        return jnp.put_along_axis(losses, wanted, jnp.where(jnp.isnan(found), jnp.inf, found), 0, inplace=False)
 
+def coarse(
+    method: Search, count: int, sure: int, shape: tuple[int, ...], loss: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """The first part of `search_each`: every `stride`-th candidate's losses, [count, *shape]; infinity elsewhere."""
     first = np.unique([*range(0, count, method.stride), sure])
-    wanted = jnp.broadcast_to(first.reshape(-1, *[1] * len(shape)), (len(first), *shape))
-    losses = tried(jnp.full((count, *shape), jnp.inf, jnp.float32), wanted.astype(jnp.int32))
-    stride = method.stride
+    found = jax.lax.map(lambda i: loss(jnp.broadcast_to(i, shape)), jnp.asarray(first, jnp.int32))
+    return jnp.full((count, *shape), jnp.inf, jnp.float32).at[first].set(_ordered(found))
+
+
+def refine(method: Search, losses: jax.Array, loss: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The second part: ever finer around the best so far."""
+    steps, stride = [], method.stride
     while stride > 1:
         stride //= 2
-        best = _smallest(losses, max(1, method.keep - (stride.bit_length() - 1)))
-        losses = tried(losses, jnp.clip(jnp.concatenate([best - stride, best + stride]), 0, count - 1))
+        kept = max(1, method.keep - (stride.bit_length() - 1))
+        steps += [(rank, move, rank == 0 and move < 0) for rank in range(kept) for move in (-stride, stride)]
+    if not steps:
+        return losses
+
+    def one(state: tuple[jax.Array, jax.Array], step: tuple) -> tuple[tuple[jax.Array, jax.Array], None]:
+        losses, best = state
+        rank, move, starts = step
+        best = jax.lax.cond(starts, lambda: _smallest(losses, method.keep), lambda: best)
+        i = jnp.clip(best[rank] + move, 0, len(losses) - 1)
+        return (jnp.put_along_axis(losses, i[None], _ordered(loss(i))[None], 0, inplace=False), best), None
+
+    # One after the other, so that the loss is compiled once.
+    start = losses, jnp.zeros((method.keep, *losses.shape[1:]), jnp.int32)
+    (losses, _), _ = jax.lax.scan(one, start, tuple(map(jnp.asarray, zip(*steps))))
+    return losses
+
+
+def _ordered(losses: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(losses), jnp.inf, losses)
+
+
+def best_of(losses: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The index of the first smallest loss along the first axis, and that loss."""
     found = losses.argmin(0).astype(jnp.int32)
     return found, jnp.take_along_axis(losses, found[None], 0)[0]
 
@@ -104,7 +132,7 @@ def search_each(
 def _smallest(losses: jax.Array, count: int) -> jax.Array:
     """The indices of the `count` smallest along the first axis."""
     found = []
-    for _ in range(min(count, len(losses))):
+    for _ in range(count):
         found.append(losses.argmin(0).astype(jnp.int32)[None])
         losses = jnp.put_along_axis(losses, found[-1], jnp.inf, 0, inplace=False)
     return jnp.concatenate(found)

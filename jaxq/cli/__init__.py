@@ -43,11 +43,16 @@ def quantize(
         Literal["hf"] | None,
         typer.Option(help="Also write the folded full-precision model as a Hugging Face checkpoint, to OUT/hf."),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep finished groups in DIR; the same command resumes from them."),
+    ] = None,
 ) -> None:
     """Quantize a language model by a recipe, check the folds, and save it."""
     from jaxq.cli.quantizing import Calibration, quantize_command
 
-    quantize_command(model, recipe, Calibration(calibration, samples, length, batch_size), out, export is not None)
+    what = Calibration(calibration, samples, length, batch_size)
+    quantize_command(model, recipe, what, out, export is not None, checkpoint)
 
 
 @app.command("eval")

@@ -48,7 +48,9 @@ class Folded:
     error: float
 
 
-def quantize_command(name: str, recipe_name: str, calibration: Calibration, out: Path, export: bool) -> None:
+def quantize_command(
+    name: str, recipe_name: str, calibration: Calibration, out: Path, export: bool, checkpoint: Path | None
+) -> None:
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another --out, or remove it first")
     started = time.perf_counter()
@@ -66,7 +68,9 @@ def quantize_command(name: str, recipe_name: str, calibration: Calibration, out:
             errors[group.plan.name] = float(group.log.get("fold_error", 0.0))
             advance()
 
-        quantized, clipping = calibrate_recipe(model.forward, model.params, batches, recipe, on_group=on_group)
+        quantized, clipping = calibrate_recipe(
+            model.forward, model.params, batches, recipe, on_group=on_group, checkpoint=checkpoint
+        )
     folded = check_fold(model, quantized, batches[0])
     _say_proofs(folded, errors)
     if clipping is not None:
@@ -76,6 +80,8 @@ def quantize_command(name: str, recipe_name: str, calibration: Calibration, out:
     about |= {"proofs": _proofs(folded, errors), "clipping": _clipping(clipping)}
     save_model(out, model, quantized, about, folded.quantized.params if export and whole else None)
     say(f"saved to {out}" + (f", the folded full-precision model to {out / EXPORTED}" if export and whole else ""))
+    if checkpoint is not None:
+        say(f"{checkpoint} is no longer needed and may be removed")
     if export and not whole:
         raise Failure(_why_not_exported(folded.quantized, out))
 

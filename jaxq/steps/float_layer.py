@@ -39,7 +39,7 @@ class Settings:
     metric: Metric
     budget: int
     rounds: int
-    batches: int | None
+    tokens: int | None
     magnify: bool
     absorb: bool
 
@@ -239,8 +239,8 @@ def _grouped(quantizer: Quantizer) -> bool:
 @partial(jax.jit, static_argnums=(3, 4))
 def _input(layer: Layer, hats: tuple[jax.Array, ...], widest: jax.Array, fmt: Kind, how: Settings) -> Input:
     """The activation's grid for the weights that read it."""
-    x, real = layer.x[: how.batches], layer.real[: how.batches]
-    x, real = x.reshape(-1, x.shape[2]), real.reshape(-1)
+    every = 1 if how.tokens is None else max(1, layer.real.size // how.tokens)
+    x, real = layer.x.reshape(-1, layer.x.shape[2])[::every], layer.real.reshape(-1)[::every]
     if layer.products:
         ws, hats = (tuple(map(_in_order, these, layer.reads)) for these in (layer.ws, hats))
         problem, metric = activation_problem(x, real, ws, hats), how.metric
