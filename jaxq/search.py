@@ -79,7 +79,7 @@ def search_each(
       count: how many candidates there are.
       sure: the index of a candidate that is tried in any case.
       shape: of the choices.
-      loss: from indices of candidates, int32 [*shape], to their losses, float32 [*shape].
+      loss: from indices of candidates, int32 [*shape], to their losses, float32 [*shape]; NaN loses.
 
     Returns:
       the index of the first smallest loss, int32 [*shape], and that loss.
@@ -93,7 +93,7 @@ def coarse(
     """The first part of `search_each`: every `stride`-th candidate's losses, [count, *shape]; infinity elsewhere."""
     first = np.unique([*range(0, count, method.stride), sure])
     found = jax.lax.map(lambda i: loss(jnp.broadcast_to(i, shape)), jnp.asarray(first, jnp.int32))
-    return jnp.full((count, *shape), jnp.inf, jnp.float32).at[first].set(found)
+    return jnp.full((count, *shape), jnp.inf, jnp.float32).at[first].set(_ordered(found))
 
 
 def refine(method: Search, losses: jax.Array, loss: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -111,12 +111,16 @@ def refine(method: Search, losses: jax.Array, loss: Callable[[jax.Array], jax.Ar
         rank, move, starts = step
         best = jax.lax.cond(starts, lambda: _smallest(losses, method.keep), lambda: best)
         i = jnp.clip(best[rank] + move, 0, len(losses) - 1)
-        return (jnp.put_along_axis(losses, i[None], loss(i)[None], 0, inplace=False), best), None
+        return (jnp.put_along_axis(losses, i[None], _ordered(loss(i))[None], 0, inplace=False), best), None
 
     # One after the other, so that the loss is compiled once.
     start = losses, jnp.zeros((method.keep, *losses.shape[1:]), jnp.int32)
     (losses, _), _ = jax.lax.scan(one, start, tuple(map(jnp.asarray, zip(*steps))))
     return losses
+
+
+def _ordered(losses: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(losses), jnp.inf, losses)
 
 
 def best_of(losses: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -121,7 +121,7 @@ def search_grids(
     def loss(mantissa: jax.Array, i: jax.Array) -> jax.Array:
         scale = scale_at(i, mantissa)
         found = priced(problem, fmt, scale * spread(scale, mantissa), mantissa, metric, parts)
-        return (found * problem.real).sum() if shared else found
+        return (found * problem.real[None]).sum() if shared else found
 
     def of_format(mantissa: jax.Array) -> jax.Array:
         return coarse(method, candidates.count, candidates.whole, shape, partial(loss, mantissa))
@@ -190,10 +190,10 @@ def channel_exponents(fmt: Float | AnyFloat, scale: jax.Array, widest: jax.Array
       int32 [in].
     """
     m, _, largest = layout(fmt, mantissa)
-    most = jnp.left_shift(1, fmt.bits - 1 - m) - 1
+    most = jnp.asarray(jnp.left_shift(1, fmt.bits - 1 - m) - 1, jnp.float32)
     room = divide(jnp.broadcast_to(scale.ravel() * jnp.ravel(largest), widest.shape), jnp.where(widest > 0, widest, 1))
-    k = jnp.rint(jnp.log2(jnp.maximum(room, 1))).astype(jnp.int32)
-    return jnp.where(widest > 0, jnp.minimum(k, jnp.ravel(jnp.asarray(most))), 0)
+    k = jnp.minimum(jnp.rint(jnp.log2(jnp.maximum(room, 1))), most.ravel()).astype(jnp.int32)
+    return jnp.where(widest > 0, k, 0)
 
 
 def magnified(x: jax.Array, fmt: Float | AnyFloat, scale: jax.Array, k: jax.Array, mantissa: jax.Array) -> jax.Array:
