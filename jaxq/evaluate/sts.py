@@ -80,7 +80,8 @@ def sts(
     for what, values in (("similarities", similarities), ("scores", scores)):
         if np.ptp(values) == 0:
             raise ValueError(f"the {what} of all pairs are {values[0]}: they cannot be ranked")
-    return Similarity(float(spearmanr(similarities, scores).statistic), len(rows), time.perf_counter() - started)
+    correlation = float(spearmanr(similarities, scores).statistic)  # type: ignore[attr-defined]
+    return Similarity(correlation, len(rows), time.perf_counter() - started)
 
 
 def embed(
@@ -113,7 +114,9 @@ def embed(
         result.update(zip(rows.tolist(), np.asarray(vectors)))
     found = np.stack([result[i] for i in range(len(sentences))])
     if not math.isfinite(found.sum()):
-        raise ValueError("the sentences' vectors are not finite: the weights, or the tokenizer, are not the model's own")
+        raise ValueError(
+            "the sentences' vectors are not finite: the weights, or the tokenizer, are not the model's own"
+        )
     return found
 
 

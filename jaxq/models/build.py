@@ -18,14 +18,13 @@ FAMILIES: Mapping[str, Family] = {"opt": opt.FAMILY, "llama": llama.FAMILY, "ber
 
 @dataclass(frozen=True)
 class Model:
-    """A language model as jaxq sees one: a pure function and the parameters it takes.
+    """A language model or encoder as jaxq sees one: a pure function and the parameters it takes.
 
     ``forward(params, tokens, mask=None)``: ``tokens`` int32 ``[B, T]``, ``mask`` bool or int ``[B, T]`` (1 = a real
-    token) -> logits ``[B, T, V]``; it computes in the parameters' type. What BERT gives depends on its architecture:
-    hidden states ``[B, T, D]``, logits ``[B, labels]`` or ``[B, T, V]``; it takes token types ``[B, T]`` after the mask.
-    ``params`` is a nested dict with Flax's
-    layout (``layers/0/attn/q/kernel``; kernels ``[in, out]``). ``config`` is the content of ``config.json``,
-    ``tokenizer`` a transformers tokenizer, or None where there is none.
+    token) -> logits ``[B, T, V]``; it computes in the parameters' type. BERT takes token types ``[B, T]`` after the
+    mask, and gives what its architecture does: hidden states ``[B, T, D]``, logits ``[B, T, V]`` or ``[B, labels]``.
+    ``params`` is a nested dict with Flax's layout (``layers/0/attn/q/kernel``; kernels ``[in, out]``). ``config`` is
+    the content of ``config.json``, ``tokenizer`` a transformers tokenizer, or None where there is none.
     """
 
     name: str

@@ -45,7 +45,7 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of one safetensors file, without TABLES, as views of the mapped file; ValueError if it is not sound."""
+    """The tensors of one safetensors file but for TABLES, as views of the mapped file; ValueError if it is damaged."""
     try:
         with safe_open(path, framework="np"):  # the library's own validation of header, offsets and file size
             pass

@@ -41,7 +41,9 @@ POSITION_OFFSET = 2  # the first two rows of the position table belong to paddin
 
 def full_name(tensor: str) -> str:
     """With the prefix that the checkpoint of a bare decoder lacks, in whole or in part."""
-    return tensor if tensor.startswith("lm_head.") else "model.decoder." + re.sub(r"^(model\.)?(decoder\.)?", "", tensor)
+    return (
+        tensor if tensor.startswith("lm_head.") else "model.decoder." + re.sub(r"^(model\.)?(decoder\.)?", "", tensor)
+    )
 
 
 def _norm(config: dict, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -103,7 +103,7 @@ class TestCheckpoints:
             assert bits(load(edited(tmp_path / edit.__name__, name, edit))) == bits(load(GOLDEN / name))
 
     def test_names_of_tensorflow_and_what_comes_along(self, tmp_path):
-        """As in bert-base-uncased: norms by their old names, the pooler, the sentence head, the copies of what is tied."""
+        """As in bert-base-uncased: norms by their old names, the pooler, the sentence head, copies of what is tied."""
         old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
         def edit(tensors):
