@@ -133,6 +133,8 @@ def _described(name: str, what: Numbers, granularity: PerChannel | PerTensor) ->
     if not isinstance(quantizer.granularity, allowed):
         names = ", ".join(cls.__name__ for cls in allowed)
         raise ValueError(f"{name}: {quantizer.granularity} is not searched; possible here: {names}")
+    if isinstance(quantizer.granularity, PerGroup) and quantizer.granularity.scales != "real":
+        raise ValueError(f"{name}: scales that are {quantizer.granularity.scales} are not searched; use `quantize`")
     return quantizer
 
 
