@@ -17,6 +17,7 @@ from jaxq.program.tokens import Labels, label
 from jaxq.program.trace import Program, named_leaves, replace_leaves, trace
 from jaxq.qtensor import Quantized
 from jaxq.resume import of_calibration, resumed
+from jaxq.stages import Ahead
 from jaxq.steps.group import Group, Step
 from jaxq.walk import Found, Leaves, Place, Walk, walk_groups
 
@@ -72,14 +73,13 @@ def calibrate(
     if checkpoint is not None:
         recipe = resumed(recipe, Path(checkpoint), of_calibration(program, batches, masks, propagate, recipe))
     labels, bodies = label(graph, _input_labels(program, envs[0], masks))
-    walk = Walk(
-        recipe,
-        propagate == "quantized",
-        None if masks is None else tuple(jnp.asarray(m).astype(bool) for m in masks),
-        on_group or (lambda _: None),
-    )
-    place = Place(walk, program.layout, envs, labels, Leaves(leaves, dict(leaves)), Found(), tuple(range(len(envs))))
-    walk_groups(place, bodies, outputs=())
+    valid = None if masks is None else tuple(jnp.asarray(m).astype(bool) for m in masks)
+    placed = any(getattr(a, "committed", False) for a in jax.tree.leaves((params, batches)))
+    with Ahead(placed) as ahead:
+        walk = Walk(recipe, propagate == "quantized", valid, on_group or (lambda _: None), ahead)
+        every = tuple(range(len(envs)))
+        place = Place(walk, program.layout, envs, labels, Leaves(leaves, dict(leaves)), Found(), every)
+        walk_groups(place, bodies, outputs=())
     changed = {p: x for p, x in place.leaves.current.items() if x is not leaves[p]}
     return Quantized(replace_leaves(params, changed), place.found.inputs, place.found.transforms)
 
