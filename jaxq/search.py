@@ -14,12 +14,13 @@ Losses = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Search:
-    """How a grid is searched: every `stride`-th candidate first, then, with the stride halved again and again, the
-    neighbours at that stride of the best so far; of more of them the finer the stride, `keep` at the last. Losses of
-    quantized numbers are rough on the small scale: it is there that the best one hides among others."""
+    """How a grid is searched: the first candidate (of a threshold: no scaling, so that it is never worse than that) and
+    the middle of every `stride` candidates, then, with the stride halved again and again, the neighbours at that stride
+    of the best so far; of more of them the finer the stride, `keep` at the last. Losses of quantized numbers are rough
+    on the small scale: it is there that the best one hides among others."""
 
     stride: int = 1
-    keep: int = 4
+    keep: int = 3
 
     def __post_init__(self) -> None:
         if self.stride < 1 or self.keep < 1:
@@ -31,8 +32,8 @@ def exhaustive() -> Search:
     return Search()
 
 
-def coarse_to_fine(stride: int = 32, keep: int = 4) -> Search:
-    """A sparse grid first, then ever finer around the best: about a fifth of the candidates on 100 of them."""
+def coarse_to_fine(stride: int = 32, keep: int = 3) -> Search:
+    """A sparse grid first, then ever finer around the best: about a sixth of the candidates on 100 of them."""
     return Search(stride, keep)
 
 
@@ -44,7 +45,8 @@ def search(method: Search, candidates: np.ndarray, losses: Losses) -> tuple[int,
       losses: from some of the candidates to their losses, both [m]; called at most a few times.
     """
     found = np.full(len(candidates), np.nan, np.float32)
-    wanted = np.arange(0, len(candidates), method.stride)
+    middles = np.arange(min(method.stride, len(candidates)) // 2, len(candidates), method.stride)
+    wanted = np.union1d(0, middles)
     stride = method.stride
     while True:
         wanted = wanted[np.isnan(found[wanted])]
