@@ -38,7 +38,7 @@ class FloatSearch:
 
     rounds: int = 3
     clips: Candidates = log_clips()
-    method: Search = coarse_to_fine(stride=8)
+    method: Search = coarse_to_fine(stride=8, keep=4)
     metric: Metric = output_error
     tokens: int | None = 512
     budget: int = 2**30
