@@ -1,14 +1,27 @@
-"""Write tests/golden/<name>/: tiny random checkpoints and the logits transformers computes from them (needs torch).
+"""Write tests/golden/<name>/: tiny random checkpoints and what transformers computes from them (needs torch).
 
-python experiments/make_model_goldens.py
+python experiments/make_model_goldens.py [NAME ...]
+
+Logits, or the hidden states of models without a head.
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 VOCABULARY, BATCH, LENGTH = 40, 2, 10
@@ -32,6 +45,15 @@ LLAMA = {
     "num_hidden_layers": 2,
     "max_position_embeddings": 16,
 }
+BERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 16,
+    "num_labels": 3,
+}
 
 
 def models() -> dict[str, PreTrainedModel]:
@@ -40,6 +62,9 @@ def models() -> dict[str, PreTrainedModel]:
         "opt-post-norm": OPTForCausalLM(OPTConfig(**OPT, do_layer_norm_before=False, word_embed_proj_dim=16)),
         "llama": LlamaForCausalLM(LlamaConfig(**LLAMA)),
         "llama-sharded": LlamaForCausalLM(LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True)),
+        "bert": BertModel(BertConfig(**BERT)),
+        "bert-classifier": BertForSequenceClassification(BertConfig(**BERT)),
+        "bert-masked-lm": BertForMaskedLM(BertConfig(**BERT)),
     }
 
 
@@ -48,7 +73,12 @@ def randomise(model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * 0.2
-        parameter.data = noise + 1 if "norm" in name and name.endswith("weight") else noise
+        parameter.data = noise + 1 if "norm" in name.lower() and name.endswith("weight") else noise
+
+
+def outputs(model: PreTrainedModel, tokens: np.ndarray, **more: np.ndarray) -> np.ndarray:
+    found = model(torch.tensor(tokens), **{name: torch.tensor(value) for name, value in more.items()})
+    return (found.logits if "logits" in found else found.last_hidden_state).numpy()
 
 
 @torch.no_grad()
@@ -63,15 +93,22 @@ def write(name: str, model: PreTrainedModel) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, max_shard_size="12KB" if "sharded" in name else "1GB")
     (folder / "generation_config.json").unlink(missing_ok=True)
+    more = {}
+    if name.startswith("bert"):
+        more["token_types"] = (np.arange(LENGTH) >= np.array([[4], [7]])).astype(np.int64)
+        more["typed_logits"] = outputs(model, tokens, attention_mask=mask, token_type_ids=more["token_types"])
     np.savez_compressed(
         folder / "expected.npz",
         tokens=tokens.astype(np.int32),
         mask=mask.astype(np.int32),
-        logits=model(torch.tensor(tokens)).logits.numpy(),
-        masked_logits=model(torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits.numpy(),
+        logits=outputs(model, tokens),
+        masked_logits=outputs(model, tokens, attention_mask=mask),
+        **more,
     )
 
 
 if __name__ == "__main__":
+    chosen = sys.argv[1:]
     for name, model in models().items():
-        write(name, model)
+        if not chosen or name in chosen:
+            write(name, model)

@@ -5,7 +5,17 @@ from jaxq.execute import execute
 from jaxq.fold import FoldError, fold
 from jaxq.formats import AnyFloat, Float, Int
 from jaxq.qtensor import InputQuant, QTensor, Quantized
-from jaxq.quantizer import Quantizer, per_channel, per_group, per_tensor, per_token
+from jaxq.quantizer import (
+    Quantizer,
+    mxfp4,
+    mxfp6,
+    mxfp8,
+    nvfp4,
+    per_channel,
+    per_group,
+    per_tensor,
+    per_token,
+)
 from jaxq.search import coarse_to_fine, exhaustive
 from jaxq.sites import SiteRow, Sites, sites
 from jaxq.steps import (
@@ -45,6 +55,10 @@ __all__ = [
     "fpq_baseline",
     "gamma_migration",
     "llm_fp4",
+    "mxfp4",
+    "mxfp6",
+    "mxfp8",
+    "nvfp4",
     "os_plus",
     "partition",
     "per_channel",

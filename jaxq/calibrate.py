@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -14,6 +16,8 @@ import numpy as np
 from jaxq.program.tokens import Labels, label
 from jaxq.program.trace import Program, named_leaves, replace_leaves, trace
 from jaxq.qtensor import Quantized
+from jaxq.resume import of_calibration, resumed
+from jaxq.stages import Ahead
 from jaxq.steps.group import Group, Step
 from jaxq.walk import Found, Leaves, Place, Walk, walk_groups
 
@@ -29,6 +33,7 @@ def calibrate(
     masks: Sequence[Any] | None = None,
     propagate: Literal["quantized", "full_precision"] = "quantized",
     on_group: Callable[[Group], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Quantized:
     """Finds a quantized parameter tree for `forward`, in one walk over the program.
 
@@ -41,13 +46,20 @@ def calibrate(
       masks: for each batch a bool array [batch, tokens], False for padding, which enters no statistic.
       propagate: whether a group sees what the quantized groups before it give, or what the original ones do.
       on_group: called with each finished group, for progress bars and reports.
+      checkpoint: a folder, made where it is missing, for what the recipe makes of each group (inside `lax.scan` of each
+        layer's group), written as soon as it is known. Called again with the same arguments after an interruption,
+        `calibrate` takes from there what is done and ends with the same result, bit for bit; for this the machine
+        must compute the activations as it did then. Remove the folder afterwards. One calibration at a time uses it.
 
     Returns:
       A `Quantized` that `execute(forward)` runs.
 
     Raises:
       ValueError: no or empty batches, batches of different shapes, non-finite weights or activations (with their path),
-        a rule that matches nothing, a site whose statistics cannot be collected.
+        a rule that matches nothing, a site whose statistics cannot be collected. Besides, with `checkpoint`: a file
+        there is damaged, or it was made with another program, batches, masks, recipe, `propagate`, parameters or
+        activation of its group, or version of jaxq or JAX (of the recipe's functions their code and what they close
+        over are compared, not what they read from their modules).
       FoldError: a fold changed the function.
     """
     batches = [b if isinstance(b, (tuple, list)) else (b,) for b in batches]
@@ -58,15 +70,16 @@ def calibrate(
     graph = program.layout.graph
     inputs = graph.inputs[len(program.paths) :]
     envs = [dict(zip(inputs, map(jnp.asarray, jax.tree.leaves(tuple(b))), strict=True)) for b in batches]
+    if checkpoint is not None:
+        recipe = resumed(recipe, Path(checkpoint), of_calibration(program, batches, masks, propagate, recipe))
     labels, bodies = label(graph, _input_labels(program, envs[0], masks))
-    walk = Walk(
-        recipe,
-        propagate == "quantized",
-        None if masks is None else tuple(jnp.asarray(m).astype(bool) for m in masks),
-        on_group or (lambda _: None),
-    )
-    place = Place(walk, program.layout, envs, labels, Leaves(leaves, dict(leaves)), Found(), tuple(range(len(envs))))
-    walk_groups(place, bodies, outputs=())
+    valid = None if masks is None else tuple(jnp.asarray(m).astype(bool) for m in masks)
+    placed = any(getattr(a, "committed", False) for a in jax.tree.leaves((params, batches)))
+    with Ahead(placed) as ahead:
+        walk = Walk(recipe, propagate == "quantized", valid, on_group or (lambda _: None), ahead)
+        every = tuple(range(len(envs)))
+        place = Place(walk, program.layout, envs, labels, Leaves(leaves, dict(leaves)), Found(), every)
+        walk_groups(place, bodies, outputs=())
     changed = {p: x for p, x in place.leaves.current.items() if x is not leaves[p]}
     return Quantized(replace_leaves(params, changed), place.found.inputs, place.found.transforms)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,6 +42,7 @@ def search_percentile(
     masks: Sequence[Any] | None = None,
     propagate: Literal["quantized", "full_precision"] = "quantized",
     on_group: Callable[[Group], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Clipping:
     """Calibrates with the percentile of least language-model cross-entropy on the calibration batches.
 
@@ -51,6 +53,7 @@ def search_percentile(
     Args:
       forward, params, batches, masks, propagate, on_group: as for `calibrate`; `forward` gives logits [B, T, V] for its
         first input, int tokens [B, T]. Labels that `masks` call padding do not count (in the paper's code they do).
+      checkpoint: as for `calibrate`, for the first walk, which is the one that searches.
       step_of: the recipe at a percentile, with `token_quantile(percentile)` for the activations.
       percentiles: at least one; the first of several equally good ones is taken.
 
@@ -60,7 +63,9 @@ def search_percentile(
     if not percentiles:
         raise ValueError("search_percentile: no percentiles to choose from")
     start = step_of(1.0)
-    first = calibrate(forward, params, batches, start, masks=masks, propagate=propagate, on_group=on_group)
+    first = calibrate(
+        forward, params, batches, start, masks=masks, propagate=propagate, on_group=on_group, checkpoint=checkpoint
+    )
     ranges: Ranges = {}
     observer = Step(
         start.plan, partial(_observe, first.transforms, np.asarray(percentiles, np.float32), ranges), start.patterns

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxq.formats import Format, divide, fake_quant, grid_from_range
-from jaxq.qtensor import Grid, InputQuant, PerGroup
+from jaxq.blocks import grid_of_ranges
+from jaxq.formats import Format, divide, fake_quant
+from jaxq.qtensor import Granularity, Grid, InputQuant, PerGroup
 
 
 def along(v: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
@@ -29,26 +30,28 @@ def transform(x: jax.Array, shift: jax.Array | None, scale: jax.Array | None, ax
     return x
 
 
-def dynamic_grid(x: jax.Array, fmt: Format, axes: Sequence[int], size: int | None = None) -> Grid:
-    """The grid of each token (of each run of `size` channels in it), from its own min and max over the channels."""
-    if size is None:
+def dynamic_grid(x: jax.Array, fmt: Format, granularity: Granularity, axes: Sequence[int]) -> Grid:
+    """The grid of each token (of each run of channels in it), from its own min and max over the channels.
+
+    NVFP4's scale for the whole tensor comes from all of `x`, too, padding included.
+    """
+    if isinstance(granularity, PerGroup):
+        last, size = axes[-1], granularity.size
+        if x.shape[last] % size:
+            raise ValueError(f"groups of {size} do not divide the {x.shape[last]} channels: choose a divisor")
+        runs = x.reshape(*x.shape[:last], x.shape[last] // size, size, *x.shape[last + 1 :])
+        low, high = runs.min(last + 1), runs.max(last + 1)
+    else:
         low, high = x.min(axes, keepdims=True), x.max(axes, keepdims=True)
-        return Grid(*grid_from_range(fmt, low.astype(jnp.float32), high.astype(jnp.float32)))
-    last = axes[-1]
-    if x.shape[last] % size:
-        raise ValueError(f"groups of {size} do not divide the {x.shape[last]} channels: choose a divisor")
-    runs = x.reshape(*x.shape[:last], x.shape[last] // size, size, *x.shape[last + 1 :])
-    low, high = runs.min(last + 1), runs.max(last + 1)
-    return Grid(*grid_from_range(fmt, low.astype(jnp.float32), high.astype(jnp.float32)))
+    return grid_of_ranges(fmt, granularity, low.astype(jnp.float32), high.astype(jnp.float32))
 
 
 def quantize_activation(
-    x: jax.Array, fmt: Format, granularity: object, grid: Grid | None, axes: Sequence[int]
+    x: jax.Array, fmt: Format, granularity: Granularity, grid: Grid | None, axes: Sequence[int]
 ) -> jax.Array:
     """Fake-quantizes an activation; `grid` is None where the granularity is dynamic."""
     if grid is None:
-        size = granularity.size if isinstance(granularity, PerGroup) else None
-        grid = dynamic_grid(jax.lax.stop_gradient(x), fmt, axes, size)
+        grid = dynamic_grid(jax.lax.stop_gradient(x), fmt, granularity, axes)
     grid = grid.over(x.shape)
     return fake_quant(fmt, x, grid.scale, grid.zero, grid.mantissa)
 

@@ -42,8 +42,8 @@ MODEL = "stdlib-opt"
 BITS = (8, 6, 4)
 ACTIVATIONS = {"per tensor": per_tensor, "per token": per_token}
 METHODS = {"round to nearest": nothing(), "SmoothQuant": smooth_quant(), "OS+": os_plus()}
-# Shorter than the default, as this is a demo: one turn, few clip values, activations searched on one microbatch.
-SEARCH = FloatSearch(rounds=1, clips=log_clips(count=16), method=exhaustive(), batches=1)
+# Shorter than the default, as this is a demo: one turn and few clip values.
+SEARCH = FloatSearch(rounds=1, clips=log_clips(count=16), method=exhaustive())
 FLOATS = {
     6: {"MinMax": quantize(AnyFloat(6).usual, AnyFloat(6).usual)},
     4: {

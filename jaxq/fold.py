@@ -15,7 +15,7 @@ from jaxq.program.groups import GroupPlan, Layout
 from jaxq.program.trace import named_leaves, replace_leaves, trace
 from jaxq.program.views import pull
 from jaxq.qtensor import InputQuant, QTensor, Quantized, Transform
-from jaxq.steps.group import shift_through, weight_spread
+from jaxq.steps.group import through
 
 Leaves = dict[str, Any]
 
@@ -28,8 +28,9 @@ def divided(leaf: Any, v: jax.Array) -> Any:
     """A leaf over a spread vector; a quantized one keeps its codes and divides its scales (exact: only its output
     channels are concerned)."""
     if isinstance(leaf, QTensor):
-        grid = replace(leaf.grid, scale=leaf.grid.scale / v.astype(jnp.float32))
-        return replace(leaf, grid=grid)
+        coarsest = "scale" if leaf.grid.outer is None else "outer"  # a block's scale stays a number of few bits
+        factor = getattr(leaf.grid, coarsest) / v.astype(jnp.float32)
+        return replace(leaf, grid=replace(leaf.grid, **{coarsest: factor}))
     return jnp.asarray(leaf) / v.astype(leaf.dtype)
 
 
@@ -131,19 +132,18 @@ def _fold_scan(node: Node, body: Layout, leaves: Leaves, transforms: dict, inner
 def fold_group(group: GroupPlan, leaves: Leaves, transform: Transform) -> tuple[Leaves, InputQuant | None]:
     """One group's consumers and producer after its transform, and what stays at run time."""
     changed, left = absorb(group, leaves, transform)
+    z, s = transform.shift, transform.scale
     biases = {}
     for member in group.members:
-        path = member.site.path
-        w = jnp.asarray(leaves[path])
-        if transform.shift is not None:
-            lost = shift_through(member, transform.shift, w)
-            if member.bias is None:
-                biases[path] = lost
-            else:
-                bias = jnp.asarray(leaves[member.bias.path])
-                changed[member.bias.path] = bias + pull(member.bias.pulls, lost).astype(bias.dtype)
-        if transform.scale is not None:
-            changed[path] = w * weight_spread(member, transform.scale).astype(w.dtype)
+        path, bias = member.site.path, None if member.bias is None else member.bias.path
+        b = None if bias is None else jnp.asarray(leaves[bias])
+        w, b, lost = through(member, jnp.asarray(leaves[path]), b, z, s)
+        if s is not None:
+            changed[path] = w
+        if z is not None and bias is not None:
+            changed[bias] = b
+        if lost is not None:
+            biases[path] = lost
     if left.shift is None and left.scale is None and not biases:
         return changed, None
     return changed, InputQuant(left.shift, left.scale, bias=biases, sites=group.sites)

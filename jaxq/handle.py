@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.contraction import transform
+from jaxq.contraction import apply_input, transform
 from jaxq.fold import FoldError, absorb, rescaled
 from jaxq.pieces import objectives
+from jaxq.program._compat import quick_jit
 from jaxq.program.groups import GroupPlan
 from jaxq.program.segments import run
 from jaxq.program.tokens import spread_mask
 from jaxq.qtensor import InputQuant, PerTensor, QTensor, Transform
+from jaxq.stages import producing
 from jaxq.steps.group import Group
 
 if TYPE_CHECKING:
@@ -35,6 +37,15 @@ class Handled:
     quant: InputQuant
     left: InputQuant | None
     transform: Transform | None
+
+    def applied(self, x: jax.Array) -> jax.Array:
+        """What the group's contractions read in place of `x`."""
+        if self.quant.format is None and self.quant.shift is None and self.quant.scale is None:
+            return x
+        return _applied()(replace(self.quant, bias={}, sites=()), x, self.plan.x_axes)
+
+
+_applied = quick_jit(static_argnums=2)(apply_input)
 
 
 def handle(place: Place, plan: GroupPlan) -> Handled:
@@ -141,8 +152,6 @@ def _check_finite(group: Group) -> None:
 
 def _fold(place: Place, plan: GroupPlan, whole: Transform) -> tuple[Transform, float]:
     """Writes a transform into the producer and proves it: the producer, run again, gives the transformed activation."""
-    from jaxq.walk import producing
-
     changed, rest = absorb(plan, place.leaves.current, whole)
     if not changed:
         return rest, 0.0

@@ -11,7 +11,6 @@ from jaxq.program.reach import member_inputs, member_outputs, next_input, view_n
 from jaxq.program.segments import Segment, cut
 from jaxq.program.sites import CONTRACTIONS
 from jaxq.program.tokens import spread_mask
-from jaxq.qtensor import logical
 from jaxq.steps.objective import Consumer, Objective, Objectives, Piece
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ def _objective(place: Place, plan: GroupPlan, segment: Segment) -> Objective:
         Consumer(
             segment.position(m.site.node),
             m.site.leaf_axes,
+            m.site.experts,
             m.site.ref.views if m.site.ref else (),
             m.site.operands.w_axes,
             len(m.site.shapes[m.site.operands.w]),
@@ -66,7 +66,7 @@ def _objective(place: Place, plan: GroupPlan, segment: Segment) -> Objective:
     )
     return Objective(
         Piece(segment, slots, consumers, plan.x_axes),
-        tuple(tuple(logical([place.value(v, m) for v in others])) for m in count),
+        tuple(tuple(place.value(v, m) for v in others) for m in count),
         valid,
         _tokens(place, plan),
     )

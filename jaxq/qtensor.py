@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar, dataclass_transform, get_args
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,27 @@ class PerToken:
     """One grid for each token, recomputed from its min and max at every call (dynamic); activations only."""
 
 
+Scales = Literal["real", "power_of_two", "e4m3"]
+
+
 @dataclass(frozen=True)
 class PerGroup:
-    """One grid for each run of `size` channels along the contraction; dynamic for activations."""
+    """One grid for each run of `size` channels along the contraction; dynamic for activations.
+
+    `scales`: the numbers that a block's scale may be, as in the hardware's block formats, see `jaxq.blocks`.
+
+    Raises:
+        ValueError: `size` is not a positive integer, or `scales` none of the three.
+    """
 
     size: int
+    scales: Scales = "real"
+
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or self.size < 1:
+            raise ValueError(f"PerGroup: size is {self.size!r}; it must be a positive integer")
+        if self.scales not in get_args(Scales):
+            raise ValueError(f"PerGroup: scales is {self.scales!r}; possible are {', '.join(get_args(Scales))}")
 
 
 Granularity = PerTensor | PerChannel | PerToken | PerGroup
@@ -91,16 +107,20 @@ class Grid:
 
     All arrays have the rank of what they quantize, and each of their axes divides the corresponding axis there: 1 is
     shared, n is one each, n/g is one for each run of g. `zero` is None for symmetric formats; `mantissa` (int8) holds
-    the mantissa bits of an `AnyFloat`, None for its usual split and for other formats.
+    the mantissa bits of an `AnyFloat`, None for its usual split and for other formats. The hardware's block formats
+    have two factors, `scale * outer` in place of `scale`: what is stored for each block, and for the whole tensor.
     """
 
     scale: jax.Array
     zero: jax.Array | None = None
     mantissa: jax.Array | None = None
+    outer: jax.Array | None = None
 
     def over(self, shape: tuple[int, ...]) -> Grid:
-        """The same grid, broadcastable against an array of `shape` (runs are repeated)."""
-        return jax.tree.map(lambda a: expand_blocks(a, shape), self)
+        """The same grid for a format's functions: the two factors multiplied, runs repeated, so that it broadcasts
+        against an array of `shape`."""
+        scale = self.scale if self.outer is None else self.scale * self.outer
+        return jax.tree.map(lambda a: expand_blocks(a, shape), Grid(scale, self.zero, self.mantissa))
 
 
 def expand_blocks(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -9,18 +9,34 @@ from math import prod
 import jax
 import jax.numpy as jnp
 
-from jaxq.formats import Format, fake_quant, grid_from_range
+from jaxq.blocks import grid_of_ranges
+from jaxq.formats import Float, Format, fake_quant
 from jaxq.observers import Observer, min_max, observe
 from jaxq.qtensor import Granularity, Grid, PerChannel, PerGroup, PerTensor, PerToken, QTensor, quantize_array
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A description: which numbers, how finely, and how the range is found where it is found by calibration."""
+    """A description: which numbers, how finely, and how the range is found where it is found by calibration.
+
+    Raises:
+        ValueError: a block format's scales with a format other than `Float`, or with an observer other than `min_max`.
+    """
 
     format: Format
     granularity: Granularity = PerTensor()
     observer: Observer = field(default_factory=min_max)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.granularity, PerGroup) or self.granularity.scales == "real":
+            return
+        if not isinstance(self.format, Float):
+            raise ValueError(f"blocks with {self.granularity.scales} scales are of Floats, not of {self.format}")
+        if self.observer != min_max():
+            raise ValueError(
+                f"{self.granularity.scales} scales come from a block's largest value: the observer must be min_max(), "
+                f"not {self.observer.name}"
+            )
 
     @property
     def dynamic(self) -> bool:
@@ -44,16 +60,51 @@ def per_group(fmt: Format, size: int, observer: Observer | None = None) -> Quant
     return Quantizer(fmt, PerGroup(size), observer or min_max())
 
 
-def weight_grid(w: jax.Array, quantizer: Quantizer, axes: tuple[int, ...]) -> Grid:
-    """The grid of a weight leaf; `axes` are those that one output channel sums over.
+OCP_ELEMENTS = {8: (Float(4, 3, reserved=1), Float(5, 2, reserved=4)), 6: (Float(2, 3), Float(3, 2)), 4: (Float(2, 1),)}
+
+
+def mxfp8(fmt: Float = OCP_ELEMENTS[8][0]) -> Quantizer:
+    """OCP MXFP8: blocks of 32 E4M3 numbers (or E5M2, `Float(5, 2, reserved=4)`) with one power of two as their scale.
+    For weights and, dynamic, for activations. Raises ValueError for other elements."""
+    return _microscaling(8, fmt)
+
+
+def mxfp6(fmt: Float = OCP_ELEMENTS[6][0]) -> Quantizer:
+    """OCP MXFP6: as `mxfp8` with E2M3, or E3M2."""
+    return _microscaling(6, fmt)
+
+
+def mxfp4() -> Quantizer:
+    """OCP MXFP4: as `mxfp8` with E2M1."""
+    return _microscaling(4, OCP_ELEMENTS[4][0])
+
+
+def _microscaling(bits: int, fmt: Float) -> Quantizer:
+    if fmt not in OCP_ELEMENTS[bits]:
+        raise ValueError(f"MXFP{bits} has elements {' or '.join(map(str, OCP_ELEMENTS[bits]))}, not {fmt}")
+    return Quantizer(fmt, PerGroup(32, "power_of_two"))
+
+
+def nvfp4() -> Quantizer:
+    """NVFP4: blocks of 16 E2M1 numbers with an E4M3 scale each, and a float32 scale for the whole tensor.
+
+    The tensor is one weight (of each expert, of each layer of a scan), or all of an activation as it is at hand at
+    every call: a token's numbers then depend, if little, on those beside it.
+    """
+    return Quantizer(Float(2, 1), PerGroup(16, "e4m3"))
+
+
+def weight_grid(w: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], experts: tuple[int, ...] = ()) -> Grid:
+    """The grid of a weight leaf; `axes` are those that one output channel sums over, `experts` those along which every
+    index is a weight of its own.
 
     Raises:
         ValueError: the group size does not divide the summed axis, or the granularity is not one of weights.
     """
     rows = rows_of(w, axes).reshape(-1, row_size(w.shape, quantizer.granularity, axes))
     low, high = observe(quantizer.observer, quantizer.format, [rows[:, None, :].astype(jnp.float32)])
-    grid = Grid(*grid_from_range(quantizer.format, low, high))
-    return jax.tree.map(lambda a: in_leaf(a, w.shape, quantizer.granularity, axes), grid)
+    low, high = (in_leaf(end, w.shape, quantizer.granularity, axes) for end in (low, high))
+    return grid_of_ranges(quantizer.format, quantizer.granularity, low, high, experts)
 
 
 def rows_of(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -91,13 +142,17 @@ def _order(ndim: int, axes: tuple[int, ...]) -> list[int]:
     return [i for i in range(ndim) if i not in axes] + list(axes)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def quantize_weight(w: jax.Array, quantizer: Quantizer, axes: tuple[int, ...]) -> QTensor:
-    """A weight leaf as codes. `axes`: those that one output channel sums over."""
-    return quantize_array(w, quantizer.format, weight_grid(w, quantizer, axes))
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def quantize_weight(
+    w: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], experts: tuple[int, ...] = ()
+) -> QTensor:
+    """A weight leaf as codes. `axes` and `experts` as for `weight_grid`."""
+    return quantize_array(w, quantizer.format, weight_grid(w, quantizer, axes, experts))
 
 
-def fake_quantize_weight(w: jax.Array, quantizer: Quantizer, axes: tuple[int, ...]) -> jax.Array:
+def fake_quantize_weight(
+    w: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], experts: tuple[int, ...] = ()
+) -> jax.Array:
     """What `quantize_weight(...).dequantize()` gives, for searches that try many weights."""
-    grid = weight_grid(w, quantizer, axes).over(w.shape)
+    grid = weight_grid(w, quantizer, axes, experts).over(w.shape)
     return fake_quant(quantizer.format, w, grid.scale, grid.zero, grid.mantissa)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -95,6 +96,7 @@ def calibrate_recipe(
     *,
     masks: Sequence[Any] | None = None,
     on_group: Callable[[Group], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> tuple[Quantized, Clipping | None]:
     """`calibrate` as a recipe file says; where it says `percentile: search`, also what that search found.
 
@@ -103,7 +105,9 @@ def calibrate_recipe(
     propagate = recipe.calibration.propagate
     if not searches_percentile(recipe):
         step = to_step(recipe)
-        quantized = calibrate(forward, params, batches, step, masks=masks, propagate=propagate, on_group=on_group)
+        quantized = calibrate(
+            forward, params, batches, step, masks=masks, propagate=propagate, on_group=on_group, checkpoint=checkpoint
+        )
         return quantized, None
     bits = min(numbers.bits for numbers in (recipe.activations, recipe.attention) if numbers is not None)
     clipping = search_percentile(
@@ -115,6 +119,7 @@ def calibrate_recipe(
         masks=masks,
         propagate=propagate,
         on_group=on_group,
+        checkpoint=checkpoint,
     )
     return clipping.quantized, clipping
 
@@ -140,6 +145,7 @@ def _float_search(method: FloatMethod) -> FloatSearch:
         clips=method.clip_values(),
         method=FLOAT_SEARCHES[method.search],
         metric=METRICS[method.metric],
+        tokens=method.tokens,
     )
 
 

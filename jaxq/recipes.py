@@ -63,7 +63,8 @@ class PlainMethod(Part):
 
 class FloatMethod(Part):
     """LLM-FP4 with pre-shifted or post-shifted exponent biases, or its baseline without them. `candidates` clip values
-    from `lowest` to `highest`, fractions of the largest magnitude (None: those of `log_clips` or `linear_clips`)."""
+    from `lowest` to `highest`, fractions of the largest magnitude (None: those of `log_clips` or `linear_clips`); the
+    activations' search looks at `tokens` of all tokens (None: at all)."""
 
     name: Literal["llm_fp4", "post_shifted_fp4", "fpq_baseline"]
     rounds: PositiveInt = 3
@@ -73,6 +74,7 @@ class FloatMethod(Part):
     highest: PositiveFloat | None = None
     search: Literal["exhaustive", "fast"] = "fast"
     metric: Literal["output_error", "cosine", "diagonal_hessian"] = "output_error"
+    tokens: PositiveInt | None = 512
 
     @model_validator(mode="after")
     def _clips(self) -> FloatMethod:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxq.contraction import apply_input
 from jaxq.fold import stack_layers
 from jaxq.handle import Handled, handle
 from jaxq.program import _compat
 from jaxq.program.graph import Node, Operand
 from jaxq.program.groups import GroupPlan, Layout
-from jaxq.program.reach import depends_on, view_nodes
-from jaxq.program.segments import Segment, cut, evaluate
+from jaxq.program.segments import Segment
 from jaxq.program.tokens import Labels, label
-from jaxq.program.views import look
-from jaxq.qtensor import InputQuant, QTensor, Transform, logical
+from jaxq.program.views import View, look
+from jaxq.qtensor import InputQuant, QTensor, Transform
+from jaxq.stages import Ahead, Stage, run, stages
 from jaxq.steps.group import Group, Spec, Step
 
 Env = dict[int, Any]
@@ -62,6 +59,7 @@ class Walk:
     quantized: bool
     masks: tuple[jax.Array, ...] | None
     on_group: Callable[[Group], None]
+    ahead: Ahead
 
     def spec(self, plan: GroupPlan) -> Spec:
         return self.step.plan(plan, Spec())
@@ -87,17 +85,15 @@ class Place:
     leaves: Leaves
     found: Found
     which: tuple[int, ...]  # the microbatches walked here (a branch of `cond` may see only some)
-    running: dict[int, list[Handled]] = field(default_factory=lambda: defaultdict(list))  # by the member's node
+    done: dict[str, Handled] = field(default_factory=dict)  # the groups, by name
 
     def value(self, v: int, m: int, original: bool = False) -> Any:
-        """A value of microbatch `m`; parameters are read when they are asked for, as `QTensor` where they are one."""
+        """A value of microbatch `m`; parameters are read when they are asked for, and decoded."""
         graph = self.layout.graph
         if v in graph.refs:
             ref = graph.refs[v]
             leaf = (self.leaves.original if original else self.leaves.current)[ref.path]
-            if isinstance(leaf, QTensor):
-                return look(ref.views, leaf.dequantize()) if ref.views else leaf
-            return look(ref.views, jnp.asarray(leaf))
+            return _decoded()(leaf, ref.views) if isinstance(leaf, QTensor) else look(ref.views, jnp.asarray(leaf))
         if v in graph.consts:
             return graph.consts[v]
         return self.envs[m][v]
@@ -107,75 +103,45 @@ def walk_graph(place: Place, bodies: dict[int, list[Labels]]) -> list[list[Any]]
     """Walks one graph to its end; returns its outputs for each microbatch."""
     walk_groups(place, bodies, place.layout.graph.outputs)
     return [
-        [v.value if not isinstance(v, int) else array_of(place.value(v, m)) for v in place.layout.graph.outputs]
+        [place.value(v, m) if isinstance(v, int) else v.value for v in place.layout.graph.outputs]
         for m in range(len(place.envs))
     ]
 
 
-def array_of(value: Any) -> Any:
-    return value.dequantize() if isinstance(value, QTensor) else value
+@_compat.quick_jit(static_argnums=1)
+def _decoded(leaf: QTensor, views: tuple[View, ...]) -> jax.Array:
+    return look(views, leaf.dequantize())
 
 
 def walk_groups(place: Place, bodies: dict[int, list[Labels]], outputs: Sequence[Operand]) -> None:
     """Walks one graph as far as its last group, or as `outputs` are known."""
-    graph, walk = place.layout.graph, place.walk
-    starts = defaultdict(list)
-    for plan in touched(walk, place.layout):
-        starts[plan.start].append(plan)
-    last_use = _last_use(place, starts, outputs)
-    pending: list[Node] = []
-    for node in graph.nodes:
-        if node.index in starts:
-            _flush(place, pending, last_use)
-            for plan in starts[node.index]:
-                _handle(place, plan)
-        if any_touched(walk, place.layout, node):
-            _flush(place, pending, last_use)
-            _loop(place, node, bodies.get(node.index, []))
-            _forget(place, node.index, last_use)
-        else:
-            pending.append(node)
-    _flush(place, pending, last_use)
+    walk, layout = place.walk, place.layout
+    loops = {node.index for node in layout.graph.nodes if any_touched(walk, layout, node)}
+    plan, last_use = stages(layout, touched(walk, layout), loops, walk.quantized, outputs)
+    walk.ahead.begin(layout.graph, plan)
+    for stage in plan:
+        if stage.segment is not None:
+            _evaluate(place, stage, stage.segment)
+        _forget(place, stage.done, last_use)
+        for group in stage.groups:
+            _handle(place, group)
+        if stage.loop is not None:
+            _loop(place, stage.loop, bodies.get(stage.loop.index, []))
+            _forget(place, stage.loop.index, last_use)
 
 
-def _last_use(place: Place, starts: dict[int, list[GroupPlan]], outputs: Sequence[Operand]) -> dict[int, int]:
-    """The last node that needs each value; a fold's proof needs what its producer reads until the group is reached."""
-    graph = place.layout.graph
-    last: dict[int, int] = {}
-    for node in graph.nodes:
-        last.update((v, node.index) for v in node.ins if isinstance(v, int))
-    for at, plans in starts.items():
-        for plan in plans:
-            for v in producing(place.layout, plan).reads if plan.fold.paths else ():
-                last[v] = max(last.get(v, 0), at)
-    last.update((v, len(graph.nodes)) for v in outputs if isinstance(v, int))
-    return last
-
-
-def producing(layout: Layout, plan: GroupPlan) -> Segment:
-    """The piece of program from the parameters that a fold edits to the group's input."""
-    changed = depends_on(layout.graph, plan.fold.paths, plan.start)
-    fixed = set(range(len(layout.graph.avals))) - changed - set(layout.graph.refs)
-    return cut(layout.graph, layout.graph.nodes[: plan.start], [plan.x], stop=fixed)
-
-
-def _flush(place: Place, pending: list[Node], last_use: dict[int, int]) -> None:
-    """Evaluates the pending nodes, for every microbatch, as one compiled piece."""
-    graph = place.layout.graph
-    if not pending:
-        return
-    end = pending[-1].index
-    made = [v for node in pending for v in node.outs]
-    writes = [v for v in made if last_use.get(v, -1) > end and v not in graph.refs]
-    if writes:
-        segment = cut(graph, [*view_nodes(graph), *pending], writes)
-        where, quants, biases = _quantized_ops(place, segment)
-        params = {v: place.value(v, 0, original=not place.walk.quantized) for v in segment.reads if v in graph.refs}
-        for m, env in enumerate(place.envs):
-            values = [params[v] if v in params else place.value(v, m) for v in segment.reads]
-            env.update(zip(segment.writes, _run(segment, where, values, quants, biases), strict=True))
-    _forget(place, end, last_use)
-    pending.clear()
+def _evaluate(place: Place, stage: Stage, segment: Segment) -> None:
+    """Evaluates a piece of the program for every microbatch, with quantized inputs where groups have theirs."""
+    refs, done = place.layout.graph.refs, [place.done[read.group.name] for read in stage.reads]
+    params = {v: place.value(v, 0, original=not place.walk.quantized) for v in segment.reads if v in refs}
+    biases = [d.quant.bias.get(read.path) for d, read in zip(done, stage.reads, strict=True)]
+    place.walk.ahead.wait(stage)
+    for m, env in enumerate(place.envs):
+        values = [params[v] if v in params else place.value(v, m) for v in segment.reads]
+        inputs = {(read.group.name, read.x): d for d, read in zip(done, stage.reads, strict=True)}
+        inputs = {(name, x): d.applied(place.value(x, m)) for (name, x), d in inputs.items()}
+        given = [inputs[read.group.name, read.x] for read in stage.reads]
+        env.update(zip(segment.writes, run()(segment, stage.where, values, given, biases), strict=True))
 
 
 def _forget(place: Place, done: int, last_use: dict[int, int]) -> None:
@@ -184,37 +150,9 @@ def _forget(place: Place, done: int, last_use: dict[int, int]) -> None:
             del env[v]
 
 
-def _quantized_ops(place: Place, segment: Segment) -> tuple[tuple, list, list]:
-    """Which of a segment's contractions read quantized inputs: static places and, apart, their numbers."""
-    where, quants, biases = [], [], []
-    for i, index in enumerate(segment.nodes):
-        for done in place.running.get(index, ()) if place.walk.quantized else ():
-            member = next(m for m in done.plan.members if m.site.node == index)
-            bias = done.quant.bias.get(member.site.path)
-            where.append((i, member.site.operands.x, done.plan.x_axes))
-            quants.append(replace(done.quant, bias={}, sites=()))
-            biases.append(bias)
-    return tuple(where), quants, biases
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(segment: Segment, where: tuple, values: list, quants: list, biases: list) -> list:
-    changes: dict[int, Callable] = {}
-    for (op, side, axes), quant, bias in zip(where, quants, biases):
-        changes[op] = partial(_quantized, changes.get(op, _compat.bind), side, axes, quant, bias)
-    return evaluate(segment, logical(values), changes)
-
-
-def _quantized(then: Callable, side: int, axes: tuple, quant: InputQuant, bias: Any, eqn: Any, args: list) -> list:
-    args = [apply_input(quant, a, axes) if i == side else a for i, a in enumerate(args)]
-    out = then(eqn, args)
-    return out if bias is None else [out[0] + bias.astype(out[0].dtype)]
-
-
 def _handle(place: Place, plan: GroupPlan) -> None:
     done = handle(place, plan)
-    for member in plan.members:
-        place.running[member.site.node].append(done)
+    place.done[plan.name] = done
     if done.left is not None:
         place.found.inputs[plan.name] = done.left
     if done.transform is not None:
@@ -259,7 +197,7 @@ def _scan(place: Place, node: Node, labels: list[Labels]) -> None:
             envs.append(_env(body, [*ops[: split.consts], *carry, *xs]))
         inner, bodies = label(body.graph, labels)
         outs = walk_graph(
-            replace(place, layout=body, envs=envs, labels=inner, leaves=leaves, found=found, running=defaultdict(list)),
+            replace(place, layout=body, envs=envs, labels=inner, leaves=leaves, found=found, done={}),
             bodies,
         )
         carries = [out[: split.carry] for out in outs]
@@ -312,7 +250,7 @@ def _cond(place: Place, node: Node, labels: list[Labels]) -> None:
             envs=[_env(body, operands[m][1:]) for m in mine],
             labels=inner,
             which=tuple(place.which[m] for m in mine),
-            running=defaultdict(list),
+            done={},
         )
         for m, out in zip(mine, walk_graph(there, bodies), strict=True):
             place.envs[m].update(zip(node.outs, out, strict=True))

@@ -14,6 +14,7 @@ from jax import lax
 
 import jaxq
 from jaxq.formats import fake_quant, grid_from_range
+from jaxq.stages import Ahead
 from jaxq.steps import Group
 from tests.zoo.specimen import block, block_params, linear, linear_params, norm, norm_params, normal, tokens, weight
 
@@ -145,6 +146,20 @@ def test_a_stack_and_its_layers_one_by_one_give_the_same():
     np.testing.assert_allclose(jaxq.execute(scanned)(other, t), jaxq.execute(model)(one, t), rtol=0.02, atol=0.05)
 
 
+def test_members_that_read_casts_of_one_input():
+    def hidden(p, x):
+        h = jnp.tanh(x).astype(jnp.bfloat16)
+        return h.astype(jnp.float32) @ p["a"] + h.astype(jnp.float32) @ p["b"]
+
+    params = {name: weight(i, 16, 16) for i, name in enumerate("abc")}
+    x = normal(3, 2, 5, 16)
+    q = jaxq.calibrate(lambda p, x: hidden(p, x) @ p["c"], params, [x], ALL)
+    assert set(q.inputs) == {"a", "c"} and q.inputs["a"].sites == ("a", "b")
+    seen = jaxq.execute(hidden)(q, x)
+    scale, _ = grid_from_range(jaxq.Int(8), seen.min(), seen.max())
+    np.testing.assert_allclose(q.inputs["c"].grid.scale, scale, rtol=1e-6)
+
+
 # Memory and compilation ---------------------------------------------------------------------------------------------
 
 
@@ -197,7 +212,7 @@ def test_memory_mapped_parameters_stay_so(tmp_path):
     same(q.inputs, jaxq.calibrate(model, params, [tokens(3, 2, 6)], jaxq.skip(["head"], ALL)).inputs, rtol=0)
 
 
-def compilations(layers: int, recipe) -> int:
+def compilations(layers: int, recipe, commit: bool = False) -> int:
     jax.clear_caches()
     count = []
 
@@ -206,6 +221,7 @@ def compilations(layers: int, recipe) -> int:
             count.append(event)
 
     params, t = params_of(layers), tokens(3, 2, 6)
+    params = jax.device_put(params, jax.devices()[0]) if commit else params
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         jaxq.calibrate(model, params, [t], recipe)
@@ -217,6 +233,16 @@ def compilations(layers: int, recipe) -> int:
 def test_more_layers_compile_nothing_more():
     recipe = jaxq.chain(jaxq.smooth_quant(), ALL)
     assert compilations(2, recipe) == compilations(4, recipe)
+
+
+def test_what_is_compiled_ahead_is_what_is_run(monkeypatch):
+    recipe = jaxq.chain(jaxq.smooth_quant(), ALL)
+    ahead, committed = compilations(2, recipe), compilations(2, recipe, commit=True)
+    with jax.default_matmul_precision("float32"):
+        under_a_context = compilations(2, recipe)
+    monkeypatch.setattr(Ahead, "begin", lambda *_: None)
+    monkeypatch.setattr(Ahead, "wait", lambda *_: None)
+    assert ahead == committed == under_a_context == compilations(2, recipe)
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -235,6 +237,29 @@ def test_killed_while_saving(opt, recipe, text, tmp_path):
     assert not out.exists()
     run(*command)
     assert (out / "jaxq.json").is_file()
+
+
+def test_a_killed_calibration_is_resumed(opt, text, tmp_path):
+    recipe, kept = tmp_path / "os_plus.yaml", tmp_path / "kept"
+    recipe.write_text(yaml.safe_dump(RECIPE | {"method": {"name": "os_plus", "search": "fast"}}), "utf-8")
+    command = ["quantize", opt, "--recipe", recipe, "--calibration", text, "--out", tmp_path / "out"]
+    killing = (
+        "import os, signal, sys; from jaxq import resume; from jaxq.cli import app; replace = os.replace; "
+        f"die = lambda: os.kill(os.getpid(), {int(signal.SIGKILL)}); "
+        "resume.os.replace = lambda a, b: die() if b.name.startswith('00003') else replace(a, b); app(sys.argv[1:])"
+    )
+    assert process("-c", killing, *command, "--checkpoint", kept).returncode == -signal.SIGKILL
+    before = {file.name: file.stat().st_mtime_ns for file in kept.glob("*.safetensors")}
+    assert sorted(before) == [f"0000{i}.safetensors" for i in range(3)]
+    assert "kept is no longer needed" in run(*command, "--checkpoint", kept).replace("\n", "")
+    assert before.items() <= {file.name: file.stat().st_mtime_ns for file in kept.iterdir()}.items()
+    run(*command[:-1], tmp_path / "at once")
+    one, other = (storage.load(tmp_path / name)[0] for name in ("out", "at once"))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    recipe.write_text(yaml.safe_dump(RECIPE), "utf-8")
+    again = run(*command[:-1], tmp_path / "another", "--checkpoint", kept, code=1)
+    refused(again, "00000.safetensors", "different are the recipe", "another checkpoint folder")
 
 
 # Real models ----------------------------------------------------------------------------------------------------------

@@ -174,9 +174,9 @@ def test_searched_float_numbers(name):
             FloatSearch(method=exhaustive(), metric=diagonal_hessian),
         ),
         ({"candidates": 50, "highest": 1.5}, FloatSearch(clips=log_clips(0.5, 1.5, 50))),
-        ({"clips": "linear"}, FloatSearch(clips=linear_clips())),
+        ({"clips": "linear", "tokens": None}, FloatSearch(clips=linear_clips(), tokens=None)),
         ({"clips": "linear", "lowest": 0.3}, FloatSearch(clips=linear_clips(0.3))),
-        ({"search": "fast", "metric": "output_error"}, FloatSearch(method=coarse_to_fine(4), metric=output_error)),
+        ({"search": "fast", "metric": "output_error"}, FloatSearch(method=coarse_to_fine(8, 4), metric=output_error)),
     ],
 )
 def test_float_search(keys, want, monkeypatch):
@@ -237,7 +237,7 @@ def cross_entropy(forward, params, masks=None) -> float:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_search_is_the_best_of_the_calibrations_one_by_one(masked):
+def test_search_is_the_best_of_the_calibrations_one_by_one(masked, tmp_path):
     model = tiny_model(OPT)
     masks = [np.arange(16)[None] < np.array([[16], [11]])] * 2 if masked else None
     recipe = made(method={"name": "smooth_quant"}, activations=SEARCHED, calibration={"propagate": "full_precision"})
@@ -260,6 +260,9 @@ def test_search_is_the_best_of_the_calibrations_one_by_one(masked):
     )
     for name, quant in best.inputs.items():
         np.testing.assert_allclose(found.inputs[name].grid.scale, quant.grid.scale, rtol=1e-5)
+    for _ in range(2):  # the second time from the records
+        kept, _ = calibrate_recipe(model.forward, model.params, TOKENS, recipe, masks=masks, checkpoint=tmp_path)
+        same(kept, found)
     assert min(clipping.losses) == clipping.losses[clipping.percentiles.index(clipping.percentile)]
     assert len(set(clipping.losses)) > 2, "the percentiles make a difference"
 

@@ -1,11 +1,15 @@
 """Grid searches: the fast one against the exhaustive one."""
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxq.search import coarse_to_fine, exhaustive, padded, search
+from jaxq.search import Search, coarse_to_fine, exhaustive, padded, search, search_each
 
 
 def counted(curve):
@@ -29,11 +33,11 @@ def test_on_a_curve_with_one_valley_both_agree(count: int, valley: float, power:
     np.testing.assert_array_equal(tried[~np.isnan(tried)], all_tried[~np.isnan(tried)])
 
 
-def test_the_fast_search_tries_a_quarter_and_none_twice() -> None:
+def test_the_fast_search_tries_a_sixth_and_none_twice() -> None:
     losses, asked = counted(lambda c: (c - 71.0) ** 2)
     best, tried = search(coarse_to_fine(), np.arange(100.0), losses)
-    assert best == 71
-    assert len(asked) == len(set(asked)) == np.isfinite(tried).sum() <= 25
+    assert best == 71 and np.isfinite(tried[0])
+    assert len(asked) == len(set(asked)) == np.isfinite(tried).sum() <= 18
 
 
 def test_the_first_of_equals_wins() -> None:
@@ -53,3 +57,67 @@ def test_padding_repeats_the_last(count: int, multiple: int) -> None:
     assert len(out) % multiple == 0 and len(out) - count < multiple
     np.testing.assert_array_equal(out[:count], np.arange(float(count)))
     assert (out[count:] == count - 1).all()
+
+
+COUNT = 100
+STRIDED = {s: coarse_to_fine(stride=s) for s in (4, 8, 32)}
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def each_of(method: Search, losses: jax.Array, sure: int = 50) -> tuple[jax.Array, jax.Array]:
+    """`search_each` on a table of losses [candidates, *shape]."""
+
+    def loss(i: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(losses, i[None], 0)[0]
+
+    return search_each(method, len(losses), sure, losses.shape[1:], loss)
+
+
+def table_of(losses: np.ndarray) -> jax.Array:
+    return jnp.asarray(losses, jnp.float32)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3)])
+def test_each_row_finds_its_own_valley(shape: tuple[int, ...]) -> None:
+    valleys = np.random.default_rng(0).uniform(0, COUNT, shape)
+    table = np.abs(np.arange(COUNT).reshape(-1, *[1] * len(shape)) - valleys)
+    for method in (exhaustive(), *STRIDED.values()):
+        found, loss = each_of(method, table_of(table))
+        np.testing.assert_array_equal(found, table.argmin(0))
+        np.testing.assert_allclose(loss, table.min(0), rtol=1e-6)
+
+
+@given(st.integers(0, 10**6))
+def test_each_is_never_worse_than_the_sure_one_nor_better_than_the_best(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    table = rng.random((COUNT, 5))
+    for method in STRIDED.values():
+        found, loss = each_of(method, table_of(table), 50)
+        np.testing.assert_allclose(loss, table[found, np.arange(5)], rtol=1e-6)
+        assert (loss <= table[50] + 1e-6).all() and (loss >= table.min(0) - 1e-6).all()
+
+
+def test_each_takes_the_first_of_equals_and_any_stride_tries_the_ends() -> None:
+    assert (each_of(exhaustive(), jnp.ones((9, 2)), 4)[0] == 0).all()
+    table = np.where(np.arange(COUNT) == COUNT - 1, 0.0, np.arange(COUNT, 0, -1.0))[:, None]
+    for method in (exhaustive(), *STRIDED.values()):
+        assert each_of(method, table_of(table))[0] == COUNT - 1
+
+
+def test_each_agrees_with_the_search_on_the_host() -> None:
+    table = np.random.default_rng(1).random((COUNT, 4)).astype(np.float32)
+    table += np.abs(np.arange(COUNT)[:, None] / 30 - 1.5).astype(np.float32)
+    for method in STRIDED.values():
+        found, loss = each_of(method, table_of(table), 0)
+        for row in range(4):
+            best, _ = search(method, np.arange(COUNT), lambda c, row=row: table[c, row])
+            assert found[row] == best and loss[row] == table[best, row]
+
+
+def test_each_never_takes_a_loss_that_is_not_a_number() -> None:
+    table = np.random.default_rng(2).random((COUNT, 3))
+    table[::2] = np.nan
+    table[40] = 2.0
+    for method in (exhaustive(), *STRIDED.values()):
+        found, loss = each_of(method, table_of(table), 40)
+        assert np.isfinite(loss).all() and np.isfinite(table[found, np.arange(3)]).all()

@@ -20,8 +20,10 @@ app = typer.Typer(
 MODEL_HELP = "Embedded model (stdlib-opt), directory in Hugging Face format, or hub name (owner/model)."
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE, too.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows in a batch.")]
-Length = Annotated[int | None, typer.Option(min=2, help="Tokens in a window, at most the model's context.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows, or sentences, in a batch.")]
+Length = Annotated[
+    int | None, typer.Option(min=2, help="Tokens in a window, or a sentence at most; at most the model's context.")
+]
 
 
 @app.callback()
@@ -34,36 +36,53 @@ def main(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of
 def quantize(
     model: ModelName,
     recipe: Annotated[str, typer.Option(help="YAML file, or the name of a recipe of jaxq's own (`jaxq recipes`).")],
-    calibration: Annotated[Path, typer.Option(help="Text file; documents may be separated by <|endoftext|>.")],
+    calibration: Annotated[
+        Path, typer.Option(help="Text; <|endoftext|> between documents, or, for an encoder, a sentence a line.")
+    ],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
-    samples: Annotated[int | None, typer.Option(min=1, help="Windows of text; default: the recipe's.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Windows, or sentences; default: the recipe's.")] = None,
     length: Length = None,
     batch_size: BatchSize = None,
     export: Annotated[
         Literal["hf"] | None,
         typer.Option(help="Also write the folded full-precision model as a Hugging Face checkpoint, to OUT/hf."),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep finished groups in DIR; the same command resumes from them."),
+    ] = None,
 ) -> None:
-    """Quantize a language model by a recipe, check the folds, and save it."""
+    """Quantize a language model or an encoder by a recipe, check the folds, and save it."""
     from jaxq.cli.quantizing import Calibration, quantize_command
 
-    quantize_command(model, recipe, Calibration(calibration, samples, length, batch_size), out, export is not None)
+    what = Calibration(calibration, samples, length, batch_size)
+    quantize_command(model, recipe, what, out, export is not None, checkpoint)
 
 
 @app.command("eval")
 @readable_errors
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"What `jaxq quantize` wrote. Or: {MODEL_HELP}")],
-    perplexity: Annotated[Path, typer.Option(help="Text file to measure the perplexity on.")],
+    perplexity: Annotated[
+        Path | None, typer.Option(help="Text file to measure a language model's perplexity on.")
+    ] = None,
+    sts: Annotated[
+        Path | None, typer.Option(help="CSV file, sentence,sentence,score, to measure an encoder on.")
+    ] = None,
     length: Length = 512,
     batch_size: BatchSize = 8,
     json: Json = None,
 ) -> None:
-    """Measure a model's perplexity, quantized or not."""
-    from jaxq.cli.evaluating import evaluate_command
+    """Measure a model, quantized or not: perplexity, or how well it ranks pairs of sentences by similarity."""
+    from jaxq.cli.evaluating import perplexity_command, sts_command
 
     assert length is not None and batch_size is not None
-    evaluate_command(model, perplexity, length, batch_size, json)
+    if (perplexity is None) == (sts is None):
+        raise ValueError("give either --perplexity FILE or --sts FILE")
+    if perplexity is not None:
+        perplexity_command(model, perplexity, length, batch_size, json)
+    elif sts is not None:
+        sts_command(model, sts, length, batch_size, json)
 
 
 @app.command()

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.cli.quantizing import model_windows
-from jaxq.evaluate import perplexity, read_documents
+from jaxq.cli.calibration import model_windows, within_context
+from jaxq.evaluate import perplexity, read_documents, read_sts, sts
 from jaxq.execute import execute
 from jaxq.models import load
 from jaxq.report import console, table
@@ -19,14 +19,30 @@ from jaxq.saved import load_model
 from jaxq.sites import WIDTH, sites
 
 
-def evaluate_command(name: str, text: Path, length: int, batch_size: int, out: Path | None) -> None:
+def perplexity_command(name: str, text: Path, length: int, batch_size: int, out: Path | None) -> None:
     documents = read_documents(text)
     model, quantized = load_model(name)
+    if not model.causal:
+        raise ValueError(f"{name} is an encoder, which has no perplexity: measure it by `--sts`")
     windows = model_windows(model, documents, length, text)
     result = perplexity(execute(model.forward), quantized, windows, batch_size, progress=console().is_terminal)
     row = (name, result.perplexity, result.tokens, round(result.seconds, 1))
     console().print(table(f"perplexity on {text}", ["model", "perplexity", "tokens", "seconds"], [row]))
     _write(out, {"model": name, "text": str(text), "length": windows.shape[1], **asdict(result)})
+
+
+def sts_command(name: str, pairs: Path, length: int, batch_size: int, out: Path | None) -> None:
+    rows = read_sts(pairs)
+    model, quantized = load_model(name)
+    length, forward, few = within_context(model, length), execute(model.forward), (1, 8)
+    like = jax.ShapeDtypeStruct(few, jnp.int32), jax.ShapeDtypeStruct(few, jnp.bool_)
+    shape = jax.eval_shape(forward, quantized, *like).shape
+    if shape != (*few, model.config["hidden_size"]):
+        raise ValueError(f"{name} gives {list(shape)} for tokens {list(few)}; `--sts` is for encoders without a head")
+    result = sts(forward, quantized, model.tokenizer, rows, batch_size, length, progress=console().is_terminal)
+    row = (name, result.spearman, result.pairs, round(result.seconds, 1))
+    console().print(table(f"similarity on {pairs}", ["model", "Spearman", "pairs", "seconds"], [row]))
+    _write(out, {"model": name, "sts": str(pairs), "length": length, **asdict(result)})
 
 
 def sites_command(name: str, out: Path | None) -> None:

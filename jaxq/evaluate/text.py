@@ -1,4 +1,4 @@
-"""Text to evaluate on: documents from a file or from Python's own library, packed into windows of tokens."""
+"""Text to evaluate on: documents from a file or from Python's own library, packed into windows, or padded."""
 
 import hashlib
 import sysconfig
@@ -79,14 +79,36 @@ def pack(
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"] if documents else []
     tokens = np.fromiter((token for ids in encoded for token in (*first, *ids)), np.int32)
-    size = len(tokenizer) if vocab_size is None else vocab_size
     if tokens.size < length:
         raise ValueError(
             f"{source}: {len(documents)} documents make {tokens.size} tokens, less than one window of {length}; "
             "give more text or a shorter window"
         )
+    _check_vocabulary(tokens, len(tokenizer) if vocab_size is None else vocab_size, source)
+    return tokens[: tokens.size // length * length].reshape(-1, length)
+
+
+def pad(
+    sentences: Sequence[str], tokenizer: Any, length: int, *, vocab_size: int | None = None, source: object = "the text"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each sentence as a row of tokens, int32 ``[N, T]``, and which of them are real, bool ``[N, T]``.
+
+    A row begins and ends with the tokenizer's special tokens, where it has them, and is filled up on the right; T is
+    the longest sentence's number of tokens, but at most ``length``, where longer ones are cut. Other arguments as for
+    ``pack``. Raises ValueError if there are no sentences or a token lies outside the vocabulary.
+    """
+    if not sentences:
+        raise ValueError(f"{source}: no sentences in it")
+    rows = tokenizer(list(sentences), truncation=True, max_length=length, verbose=False)["input_ids"]
+    real = np.arange(max(1, *map(len, rows)))[None] < np.array([len(row) for row in rows])[:, None]
+    tokens = np.full(real.shape, tokenizer.pad_token_id or 0, np.int32)
+    tokens[real] = np.concatenate([np.asarray(row, np.int32) for row in rows])
+    _check_vocabulary(tokens, len(tokenizer) if vocab_size is None else vocab_size, source)
+    return tokens, real
+
+
+def _check_vocabulary(tokens: np.ndarray, size: int, source: object) -> None:
     if tokens.max() >= size:
         raise ValueError(
             f"{source}: token {tokens.max()} for a vocabulary of {size}; is this the model's own tokenizer?"
         )
-    return tokens[: tokens.size // length * length].reshape(-1, length)

@@ -65,6 +65,9 @@ def encode(
 ) -> jax.Array:
     """The codes of `x`: the nearest value of the format, ties to the even code, clipped to the format's range.
 
+    Floats without mantissa bits have powers of two next to each other, all of them with an odd significand: there ties
+    go to the larger magnitude (IEEE 754-2019, 4.3.1, precision 1).
+
     Args:
         x: any shape, any float dtype, without NaN.
         scale, zero, mantissa: of the rank of `x`, broadcastable against it; `zero` and `mantissa` hold integers.

@@ -12,6 +12,7 @@ import numpy as np
 from jaxq.formats.division import divide
 
 SMALLEST_NORMAL = -126  # the exponent of float32's; smaller numbers may be flushed to zero
+LARGEST_POWER = 127.99999  # float32's largest number is 2**128, nearly
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Float:
     | E3M2   | 3  | 28          | 8 steps of 1/16, then 4 each from 0.5, 1 .. 16   | float6_e3m2fn                    |
     | E3M4   | 3  | 31          | 32 steps of 1/64, then 16 each from 0.5 .. 16    |                                  |
     | E4M3   | 7  | 480         | 16 steps of 2**-9, then 8 each from 2**-5 .. 256 | float8_e4m3fn: `reserved=1`, 448 |
-    | E5M2   | 15 | 114688      | 8 steps of 2**-16, then 4 from 2**-13 .. 2**16   | float8_e5m2: `reserved=4`, 57344 |
+    | E5M2   | 15 | 114688      | 8 steps of 2**-16, 4 each from 2**-13 .. 2**16   | float8_e5m2: `reserved=4`, 57344 |
 
     No code is an infinity or NaN. A code is sign, exponent and mantissa, in this order, in the low bits of a uint8;
     there is a negative zero. LLM-FP4's real-valued exponent bias b (arXiv:2310.16836, eq. 3-5) is the same as a scale,
@@ -51,7 +52,7 @@ class Float:
 
     def __post_init__(self) -> None:
         fields = (self.exponent_bits, self.mantissa_bits, self.reserved)
-        if not all(isinstance(n, int) and n >= 0 for n in fields) or self.exponent_bits < 1:
+        if not all(type(n) is int and n >= 0 for n in fields) or self.exponent_bits < 1:
             raise ValueError(f"{self}: exponent_bits is an integer from 1, mantissa_bits and reserved from 0")
         if not 3 <= self.bits <= 8:
             raise ValueError(f"{self}: {self.bits} bits with the sign; possible are 3 to 8")
@@ -102,7 +103,7 @@ class AnyFloat:
     bits: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 3 <= self.bits <= 8:
+        if type(self.bits) is not int or not 3 <= self.bits <= 8:
             raise ValueError(f"AnyFloat: bits is {self.bits!r}; possible are the integers from 3 to 8")
 
     @property
@@ -176,7 +177,7 @@ def fake_quant(fmt: Kind, x: jax.Array, scale: jax.Array, mantissa: jax.Array | 
 def _steps(y: jax.Array, m: Number, lowest: Number, largest: Number) -> tuple[jax.Array, jax.Array]:
     """The element nearest to `y` as `steps * 2**(exponent - m)`; steps are integers, rounded half to even."""
     y = jnp.clip(y, -largest, largest)
-    exponent = jnp.maximum(_exponent(y), lowest)
+    exponent = jnp.maximum(exponent_of(y), lowest)
     return jnp.rint(y * power_of_two(m - exponent)), exponent
 
 
@@ -197,8 +198,8 @@ def _snap_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     return _snap(x, scale, m, lowest, largest), tangent
 
 
-def _exponent(x: jax.Array) -> jax.Array:
-    """floor(log2(|x|)) of normal numbers, int32, from their bits: XLA's log2 is not exact."""
+def exponent_of(x: jax.Array) -> jax.Array:
+    """floor(log2(|x|)) of normal float32 numbers, int32, from their bits: XLA's log2 is not exact."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     return (jnp.right_shift(bits, 23) & 255) - 127
 
@@ -209,13 +210,18 @@ def power_of_two(k: jax.Array) -> jax.Array:
 
 
 def scale_of_bias(fmt: Float, bias: jax.Array) -> jax.Array:
-    """The scale that LLM-FP4's real-valued exponent bias b stands for: 2**(B - b), float32; exact for integers."""
-    power = fmt.bias - bias.astype(jnp.float32)
+    """The scale that LLM-FP4's real-valued exponent bias b stands for: 2**(B - b), float32; exact for integers.
+
+    Where that is no normal float32 number it is the nearest that is one.
+    """
+    power = jnp.clip(fmt.bias - bias.astype(jnp.float32), SMALLEST_NORMAL, LARGEST_POWER)
     whole = jnp.floor(power)
     return jnp.exp2(power - whole) * power_of_two(whole.astype(jnp.int32))
 
 
 def bias_of_scale(fmt: Float, scale: jax.Array) -> jax.Array:
-    """LLM-FP4's real-valued exponent bias of a scale, b = B - log2(scale), float32."""
-    exponent = _exponent(scale)
-    return fmt.bias - exponent - jnp.log2(scale.astype(jnp.float32) * power_of_two(-exponent))
+    """LLM-FP4's real-valued exponent bias of a normal scale, b = B - log2(scale), float32; exact for powers of two."""
+    scale = scale.astype(jnp.float32)
+    whole = exponent_of(scale)
+    rest = jnp.log2(scale / power_of_two(whole))  # in [0, 1)
+    return (fmt.bias - whole).astype(jnp.float32) - rest

@@ -2,28 +2,29 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import jax
 from flax import nnx
 
-from jaxq.models import llama, opt
+from jaxq.models import bert, llama, opt
+from jaxq.models.family import Family
 
 Params = dict[Any, Any]
 Forward = Callable[..., jax.Array]
 
-FAMILIES: Mapping[str, ModuleType] = {"opt": opt, "llama": llama}
+FAMILIES: Mapping[str, Family] = {"opt": opt.FAMILY, "llama": llama.FAMILY, "bert": bert.FAMILY}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A language model as jaxq sees one: a pure function and the parameters it takes.
+    """A language model or encoder as jaxq sees one: a pure function and the parameters it takes.
 
     ``forward(params, tokens, mask=None)``: ``tokens`` int32 ``[B, T]``, ``mask`` bool or int ``[B, T]`` (1 = a real
-    token) -> logits ``[B, T, V]``; it computes in the parameters' type. ``params`` is a nested dict with Flax's
-    layout (``layers/0/attn/q/kernel``; kernels ``[in, out]``). ``config`` is the content of ``config.json``,
-    ``tokenizer`` a transformers tokenizer, or None where there is none.
+    token) -> logits ``[B, T, V]``; it computes in the parameters' type. BERT takes token types ``[B, T]`` after the
+    mask, and gives what its architecture does: hidden states ``[B, T, D]``, logits ``[B, T, V]`` or ``[B, labels]``.
+    ``params`` is a nested dict with Flax's layout (``layers/0/attn/q/kernel``; kernels ``[in, out]``). ``config`` is
+    the content of ``config.json``, ``tokenizer`` a transformers tokenizer, or None where there is none.
     """
 
     name: str
@@ -32,6 +33,11 @@ class Model:
     forward: Forward
     params: Params
     tokenizer: Any
+
+    @property
+    def causal(self) -> bool:
+        """Whether this is a language model that reads from left to right; if not, an encoder."""
+        return FAMILIES[self.family].causal
 
 
 def model_of(config: Mapping[str, Any], params: Params, tokenizer: Any = None, name: str = "model") -> Model:
@@ -61,9 +67,9 @@ def build(config: Mapping[str, Any], source: str) -> tuple[str, Forward, Params]
         raise ValueError(f"{source}: the configuration has no {error}") from error
     layout = nnx.to_pure_dict(state)
 
-    def forward(params: Params, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def forward(params: Params, tokens: jax.Array, mask: jax.Array | None = None, *more: jax.Array) -> jax.Array:
         _check_structure(params, layout)
-        return nnx.merge(graph, params)(tokens, mask)
+        return nnx.merge(graph, params)(tokens, mask, *more)
 
     return config["model_type"], forward, layout
 
@@ -80,7 +86,7 @@ def _module(config: Mapping[str, Any], source: str) -> Callable[[nnx.Rngs], nnx.
         raise ValueError(
             f"{source}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
-    return lambda rngs: family.CausalLM(dict(config), rngs=rngs)
+    return lambda rngs: family.network(dict(config), rngs=rngs)
 
 
 def _check_structure(params: Params, layout: Params) -> None:

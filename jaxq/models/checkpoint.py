@@ -17,13 +17,17 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 CONVERT = (
-    "convert it once, where you trust it, with transformers and torch: "
-    "AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(TARGET)"
+    "convert it once, where you trust it, with transformers and torch: NAME.from_pretrained(SOURCE)"
+    ".save_pretrained(TARGET), NAME being the class that its config.json lists under architectures"
 )
+# Endings of what some checkpoints carry and every model computes anew; not parameters, and not of a type that is read.
+TABLES = (".rotary_emb.inv_freq", "embeddings.position_ids")
 
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     """All tensors of a checkpoint directory by name: read-only views of the mapped files, nothing is copied.
+
+    TABLES are left out.
 
     Raises FileNotFoundError for a missing file or shard, ValueError for a corrupt file, an unusable type, or an index
     that does not match its shards.
@@ -41,7 +45,7 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of one safetensors file as views of the mapped file; ValueError if the file is not sound."""
+    """The tensors of one safetensors file but for TABLES, as views of the mapped file; ValueError if it is damaged."""
     try:
         with safe_open(path, framework="np"):  # the library's own validation of header, offsets and file size
             pass
@@ -51,7 +55,7 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
     header = json.loads(raw[8:start].tobytes())
     header.pop("__metadata__", None)
-    return {name: _view(path, name, raw[start:], entry) for name, entry in header.items()}
+    return {name: _view(path, name, raw[start:], e) for name, e in header.items() if not name.endswith(TABLES)}
 
 
 def _view(path: Path, name: str, body: np.ndarray, entry: dict) -> np.ndarray:
@@ -72,7 +76,7 @@ def _read_sharded(directory: Path) -> dict[str, np.ndarray]:
         if not (directory / shard).exists():
             raise FileNotFoundError(f"{directory / shard}: shard named in {INDEX} is missing; download or copy it")
         tensors |= read_file(directory / shard)
-    absent = sorted(set(shard_of) - set(tensors))
+    absent = sorted(name for name in set(shard_of) - set(tensors) if not name.endswith(TABLES))
     if absent:
         raise ValueError(f"{directory / shard_of[absent[0]]}: tensor {absent[0]}, named in {INDEX}, is not in it")
     return tensors

@@ -14,14 +14,13 @@ import numpy as np
 
 from jaxq.models.build import FAMILIES, Model, Params, build, flat
 from jaxq.models.checkpoint import CODES, read_tensors, write_tensors
+from jaxq.models.family import Family
 
 EMBEDDED = Path(__file__).parent / "embedded"
 DOWNLOADED = ["model*.safetensors", "model.safetensors.index.json", "*.json", "tokenizer*", "merges.txt", "vocab.txt"]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 HALF = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-# Found in some checkpoints, never parameters: the head of a tied model, rotary tables.
-IGNORED = ("lm_head.weight", ".rotary_emb.inv_freq")
 
 
 def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
@@ -37,7 +36,7 @@ def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
     directory = _locate(name_or_dir)
     config = _read_config(directory)
     family, forward, layout = build(config, str(directory / "config.json"))
-    params = _import(layout, FAMILIES[family].CHECKPOINT_NAMES, read_tensors(directory), directory)
+    params = _import(layout, FAMILIES[family], read_tensors(directory), directory)
     params = jax.tree.map(lambda leaf: leaf.astype(_leaf_dtype(leaf.dtype, dtype), copy=False), params)
     return Model(str(name_or_dir), family, config, forward, params, _tokenizer(directory))
 
@@ -123,20 +122,13 @@ def _tensor_name(names: Mapping[str, str], path: str) -> str:
     return f"{names[re.sub(r'/[0-9]+/', '/{}/', module)].format(layer[1] if layer else '')}.{LEAF_NAMES[leaf]}"
 
 
-def _full_name(names: Mapping[str, str], tensor: str) -> str:
-    """Tensor names come with or without the leading ``model.`` or ``model.decoder.`` (a bare decoder's export)."""
-    if tensor.startswith("lm_head."):
-        return tensor
-    return names["embed"].rsplit(".", 1)[0] + "." + re.sub(r"^(model\.)?(decoder\.)?", "", tensor)
-
-
-def _import(layout: Params, names: Mapping[str, str], tensors: Mapping[str, np.ndarray], directory: Path) -> Params:
+def _import(layout: Params, family: Family, tensors: Mapping[str, np.ndarray], directory: Path) -> Params:
     """The tensors as a tree like ``layout``; layers are stored ``[out, in]``, a kernel is the transposed view."""
-    remaining = {_full_name(names, name): tensor for name, tensor in tensors.items()}
+    remaining = {family.full_name(name): tensor for name, tensor in tensors.items()}
 
     def view(path: tuple, expected: Any) -> np.ndarray:
         where = jax.tree_util.keystr(path, simple=True, separator="/")
-        name, kernel = _tensor_name(names, where), where.endswith("/kernel")
+        name, kernel = _tensor_name(family.names, where), where.endswith("/kernel")
         if name not in remaining:
             raise ValueError(f"{directory}: tensor {name} (parameter {where}) is missing from the checkpoint")
         tensor, shape = remaining.pop(name), expected.shape[::-1] if kernel else expected.shape
@@ -145,7 +137,7 @@ def _import(layout: Params, names: Mapping[str, str], tensors: Mapping[str, np.n
         return tensor.T if kernel else tensor
 
     params = jax.tree_util.tree_map_with_path(view, layout)
-    unexpected = [name for name in remaining if not name.endswith(IGNORED)]
+    unexpected = [name for name in remaining if not name.endswith(family.ignored)]
     if unexpected:
         raise ValueError(
             f"{directory}: tensor {unexpected[0]} {remaining[unexpected[0]].shape} has no place in the model that "
@@ -156,7 +148,7 @@ def _import(layout: Params, names: Mapping[str, str], tensors: Mapping[str, np.n
 
 def _export(model: Model, params: Params) -> dict[str, np.ndarray]:
     """The parameters under their checkpoint names; every leaf must have its place, and every place its leaf."""
-    names, found, expected = FAMILIES[model.family].CHECKPOINT_NAMES, flat(params), flat(build(model.config, "")[2])
+    names, found, expected = FAMILIES[model.family].names, flat(params), flat(build(model.config, "")[2])
     for path in expected.keys() - found.keys():
         raise ValueError(f"parameter {path} is missing from params")
     tensors = {}

@@ -1,4 +1,4 @@
-"""What the models share: tables, activation functions, and causal attention as the two contractions it is."""
+"""What the models share: tables, activation functions, and attention as the two contractions it is."""
 
 from collections.abc import Callable
 
@@ -45,11 +45,20 @@ def causal_bias(length: int, mask: jax.Array | None, dtype: jnp.dtype) -> jax.Ar
     visible = jnp.tril(jnp.ones((length, length), bool))[None, None]
     if mask is not None:
         visible = visible & mask.astype(bool)[:, None, None, :]
+    return _bias(visible, dtype)
+
+
+def padding_bias(mask: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """As ``causal_bias`` where every real token may be seen from everywhere; returns ``[1 or B, 1, 1, T or 1]``."""
+    return _bias(jnp.ones((1, 1, 1, 1), bool) if mask is None else mask.astype(bool)[:, None, None, :], dtype)
+
+
+def _bias(visible: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.where(visible, jnp.zeros((), dtype), jnp.finfo(dtype).min.astype(dtype))
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
-    """Softmax attention of already scaled queries: q, k, v ``[B, T, H, d]``, bias ``[1 or B, 1, T, T]`` -> as ``v``.
+    """Softmax attention of already scaled queries: q, k, v ``[B, T, H, d]``, bias as above -> as ``v``.
 
     The softmax runs in float32 whatever the computation's type, as transformers does.
     """

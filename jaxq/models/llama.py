@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxq.models.family import Family
 from jaxq.models.layers import Embedding, activation, attend, causal_bias
 
 DEFAULTS = {
@@ -35,6 +36,11 @@ CHECKPOINT_NAMES = {
 }
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+
+
+def full_name(tensor: str) -> str:
+    """With the prefix that the checkpoint of a bare decoder lacks."""
+    return tensor if tensor.startswith("lm_head.") else "model." + tensor.removeprefix("model.")
 
 
 def rope(config: dict) -> dict:
@@ -155,3 +161,7 @@ class CausalLM(nnx.Module):
             x = layer(x, angles, bias)
         x = self.final_norm(x)
         return self.embed.attend(x) if self.lm_head is None else self.lm_head(x)
+
+
+# A tied model's checkpoint may hold its head all the same.
+FAMILY = Family(CausalLM, CHECKPOINT_NAMES, full_name, ignored=("lm_head.weight",), causal=True)

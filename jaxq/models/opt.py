@@ -1,9 +1,12 @@
 """OPT (Zhang et al. 2022, arXiv:2205.01068) as Flax NNX modules: the decoder of transformers' ``OPTForCausalLM``."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxq.models.family import Family
 from jaxq.models.layers import Embedding, activation, attend, causal_bias
 
 DEFAULTS = {
@@ -34,6 +37,13 @@ CHECKPOINT_NAMES = {
 }
 
 POSITION_OFFSET = 2  # the first two rows of the position table belong to padding
+
+
+def full_name(tensor: str) -> str:
+    """With the prefix that the checkpoint of a bare decoder lacks, in whole or in part."""
+    return (
+        tensor if tensor.startswith("lm_head.") else "model.decoder." + re.sub(r"^(model\.)?(decoder\.)?", "", tensor)
+    )
 
 
 def _norm(config: dict, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -141,3 +151,7 @@ def _positions(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
         return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] + POSITION_OFFSET
     mask = mask.astype(jnp.int32)
     return jnp.cumsum(mask, axis=1) * mask - 1 + POSITION_OFFSET
+
+
+# A tied model's checkpoint may hold its head all the same.
+FAMILY = Family(CausalLM, CHECKPOINT_NAMES, full_name, ignored=("lm_head.weight",), causal=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -79,6 +81,24 @@ def bind(eqn: Any, args: list[Any]) -> list[Any]:
     with eqn.ctx.manager:
         out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def quick_jit(static_argnums: int | tuple[int, ...]) -> Callable[[Callable], Callable[[], Any]]:
+    """`jax.jit` for straight pieces of program that are not called under another `jit`: on CPU, they are compiled
+    without the fusion emitters, which take a third of the time and do not make such pieces any faster.
+
+    A decorator that gives a function of no arguments: to ask for the backend, at import, would start it.
+    """
+
+    def wrap(f: Callable) -> Callable[[], Any]:
+        @cache
+        def jitted() -> Any:
+            options = {"xla_cpu_use_fusion_emitters": False} if jax.default_backend() == "cpu" else None
+            return jax.jit(f, static_argnums=static_argnums, compiler_options=options)
+
+        return jitted
+
+    return wrap
 
 
 def _closed(jaxpr: Any) -> ClosedJaxpr:

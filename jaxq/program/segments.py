@@ -13,7 +13,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxq.program import _compat
 from jaxq.program.graph import Const, Graph, Node
-from jaxq.qtensor import logical
 
 
 @dataclass(frozen=True)
@@ -132,4 +131,4 @@ def evaluate(segment: Segment, values: Sequence[Any], changes: Mapping[int, Any]
 @partial(jax.jit, static_argnums=0)
 def run(segment: Segment, values: Sequence[Any]) -> list[Any]:
     """`evaluate`, compiled once for all equal segments."""
-    return evaluate(segment, logical(values))
+    return evaluate(segment, values)

@@ -21,7 +21,8 @@ class Operands:
     """Which axes an equation sums over: `x_axes[i]` of the activation meets `w_axes[i]` of the weight.
 
     `reduced` are all the weight's axes that one output channel sums over (a convolution's window among them).
-    `columns` are the weight's axes among the output's (None where summed), known for `dot_general` only.
+    `columns` are the weight's axes among the output's (None where summed), known for `dot_general` only. `experts` are
+    the weight's axes that the activation has too, or is divided by: every index is a weight of its own.
     """
 
     x: int
@@ -30,6 +31,7 @@ class Operands:
     w_axes: tuple[int, ...]
     reduced: tuple[int, ...]
     columns: tuple[int | None, ...] = ()
+    experts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Site:
     """One contraction or look-up. `kind`: "linear", "conv", "ragged", "attention" (two activations) or "lookup".
 
     `path`: the parameter's path; for attention, the nearest common path of the parameters that feed it, plus `dot0`.
-    `ref` is the weight (None for attention), `leaf_axes` the leaf's axes that one output channel sums over.
+    `ref` is the weight (None for attention), `leaf_axes` the leaf's axes that one output channel sums over, `experts`
+    those along which every index is a weight of its own (none where a reshape merges them with output channels).
     """
 
     path: str
@@ -47,6 +50,7 @@ class Site:
     shapes: tuple[tuple[int, ...], ...]
     ref: Ref | None = None
     leaf_axes: tuple[int, ...] = ()
+    experts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,14 @@ def _linear(graph: Graph, node: Node, ref: Ref, x: int, w: int, shapes: tuple) -
         leaf_axes = leaf_axes_of(ref, operands.reduced, len(shapes[w]))
     except ViewError as error:
         return Skipped(ref.path, kind, shapes, str(error))
-    return Site(ref.path, kind, node.index, operands, shapes, ref, leaf_axes)
+    return Site(ref.path, kind, node.index, operands, shapes, ref, leaf_axes, _experts(ref, operands, len(shapes[w])))
+
+
+def _experts(ref: Ref, operands: Operands, ndim: int) -> tuple[int, ...]:
+    try:
+        return leaf_axes_of(ref, operands.experts, ndim)
+    except ViewError:
+        return ()
 
 
 def _lookup(graph: Graph, node: Node) -> Site | None:
@@ -205,8 +216,11 @@ def _operands(node: Node, x: int, w: int) -> Operands:
         if ragged
         else node.params["dimension_numbers"]
     )
-    contract = numbers[0]
-    return Operands(x, w, tuple(contract[x]), tuple(contract[w]), tuple(contract[w]))
+    contract, batch = numbers
+    experts = tuple(batch[w])
+    if ragged:
+        experts += tuple(node.params["ragged_dot_dimension_numbers"].rhs_group_dimensions)
+    return Operands(x, w, tuple(contract[x]), tuple(contract[w]), tuple(contract[w]), experts=experts)
 
 
 def leaf_axes_of(ref: Ref, axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:

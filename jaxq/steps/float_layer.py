@@ -39,7 +39,7 @@ class Settings:
     metric: Metric
     budget: int
     rounds: int
-    batches: int | None
+    tokens: int | None
     magnify: bool
     absorb: bool
 
@@ -209,25 +209,27 @@ def _weight(
     absorbed = k if how.absorb else jnp.zeros_like(k)
     left = k - absorbed
 
-    def quantized(x: jax.Array) -> jax.Array:
-        if given is None or x_fmt is None:
-            return x
-        return magnified(x, x_fmt, given.scale, left if reads is None else left[reads], given.mantissa)
+    def read(channels: jax.Array) -> jax.Array:
+        return channels if reads is None else channels[reads]
 
-    seen = w * power_of_two(-(absorbed if reads is None else absorbed[reads]))
-    x = layer.x * power_of_two(absorbed)
+    def quantized(x: jax.Array, k: jax.Array) -> jax.Array:
+        return x if given is None or x_fmt is None else magnified(x, x_fmt, given.scale, k, given.mantissa)
+
+    seen = w * power_of_two(-read(absorbed))[None]
+    x = layer.x * power_of_two(absorbed)[None, None]
     if layer.products:
         x = x if reads is None else x[:, :, reads]
-        problem, metric = weight_problem(seen, x, layer.real, quantized, blocks), how.metric
+        problem = weight_problem(seen, x, layer.real, lambda batch: quantized(batch, read(left)), blocks)
+        metric = how.metric
     else:
-        hat = x if given is None or x_fmt is None else magnified(x, x_fmt, given.scale, left, given.mantissa)
-        moment = (jnp.square(hat) * layer.real[:, :, None]).sum((0, 1))
-        weight = (moment if reads is None else moment[reads]).reshape(blocks, -1)
-        problem, metric = plain_problem(blocks_of(seen, blocks), weight, jnp.ones(len(w))), diagonal_hessian
+        hat = quantized(x.reshape(-1, x.shape[2]), left)
+        moment = (jnp.square(hat) * layer.real.reshape(-1, 1)).sum(0)
+        problem = plain_problem(blocks_of(seen, blocks), read(moment).reshape(blocks, -1), jnp.ones(len(w)))
+        metric = diagonal_hessian
     shared = isinstance(quantizer.granularity, PerTensor)
     found = search_grids(problem, fmt, how.candidates, how.method, metric, shared, how.budget)
     hat = fake_quant(fmt, problem.v, found.scale, None, found.mantissa).transpose(1, 0, 2).reshape(w.shape)
-    return found, hat * power_of_two(absorbed if reads is None else absorbed[reads])
+    return found, hat * power_of_two(read(absorbed))[None]
 
 
 def _grouped(quantizer: Quantizer) -> bool:
@@ -237,8 +239,8 @@ def _grouped(quantizer: Quantizer) -> bool:
 @partial(jax.jit, static_argnums=(3, 4))
 def _input(layer: Layer, hats: tuple[jax.Array, ...], widest: jax.Array, fmt: Kind, how: Settings) -> Input:
     """The activation's grid for the weights that read it."""
-    x, real = layer.x[: how.batches], layer.real[: how.batches]
-    x, real = x.reshape(-1, x.shape[2]), real.reshape(-1)
+    every = 1 if how.tokens is None else max(1, layer.real.size // how.tokens)
+    x, real = layer.x.reshape(-1, layer.x.shape[2])[::every], layer.real.reshape(-1)[::every]
     if layer.products:
         ws, hats = (tuple(map(_in_order, these, layer.reads)) for these in (layer.ws, hats))
         problem, metric = activation_problem(x, real, ws, hats), how.metric

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 
 from jaxq.formats import AnyFloat, Float, divide, fake_quant
 from jaxq.formats.floating import layout, power_of_two, scale_from_width
-from jaxq.search import Search, search_each
+from jaxq.search import Search, best_of, coarse, refine
 from jaxq.steps.output_error import Metric, Problem
 
 
@@ -99,6 +100,8 @@ def search_grids(
 ) -> Found:
     """The best format and scales for the vectors of a problem; one format for all of them.
 
+    A coarse search tries all formats, and refines the best one only.
+
     Args:
       fmt: `AnyFloat` tries all its splits, `Float` is the only one.
       metric: what is minimized.
@@ -107,30 +110,38 @@ def search_grids(
       spread: from a shared scale and the mantissa bits to what multiplies it in each channel, [1, 1, n].
     """
     mantissas = jnp.asarray([split.mantissa_bits for split in fmt.splits], jnp.int32).reshape(-1, 1, 1, 1)
-    v = problem.v
-    parts = -(-v.size * 4 * TEMPORARIES // budget)
+    parts = _parts(problem.v.size * 4, budget)
+    width = jnp.where(problem.real[:, None] > 0, jnp.abs(problem.v), 0)
+    width = width.max(keepdims=True) if shared else width.max(2, keepdims=True)
+    shape = () if shared else width.shape[:2]
 
-    def of_format(mantissa: jax.Array) -> tuple[jax.Array, jax.Array]:
-        width = jnp.where(problem.real[:, None] > 0, jnp.abs(v), 0)
-        width = width.max(keepdims=True) if shared else width.max(2, keepdims=True)
-        whole = scale_from_width(fmt, width, mantissa)
+    def scale_at(i: jax.Array, mantissa: jax.Array) -> jax.Array:
+        return candidates.at(i.reshape(width.shape), scale_from_width(fmt, width, mantissa), mantissa)
 
-        def loss(i: jax.Array) -> jax.Array:
-            scale = candidates.at(i.reshape(whole.shape), whole, mantissa)
-            found = priced(problem, fmt, scale * spread(scale, mantissa), mantissa, metric, parts)
-            return (found * problem.real).sum() if shared else found
+    def loss(mantissa: jax.Array, i: jax.Array) -> jax.Array:
+        scale = scale_at(i, mantissa)
+        found = priced(problem, fmt, scale * spread(scale, mantissa), mantissa, metric, parts)
+        return (found * problem.real[None]).sum() if shared else found
 
-        shape = () if shared else whole.shape[:2]
-        best, losses = search_each(method, candidates.count, candidates.whole, shape, loss)
-        return candidates.at(best.reshape(whole.shape), whole, mantissa), losses
+    def of_format(mantissa: jax.Array) -> jax.Array:
+        return coarse(method, candidates.count, candidates.whole, shape, partial(loss, mantissa))
 
-    scales, losses = jax.lax.map(of_format, mantissas)
-    total = losses.reshape(len(mantissas), -1).sum(1)
-    best = total.argmin()
-    return Found(scales[best], mantissas[best], total)
+    tables = jax.lax.map(of_format, mantissas)
+    totals = tables.min(1).reshape(len(mantissas), -1).sum(1)
+    best = totals.argmin()
+    mantissa = mantissas[best]
+    i, losses = best_of(refine(method, tables[best], partial(loss, mantissa)))
+    return Found(scale_at(i, mantissa), mantissa, totals.at[best].set(losses.sum()))
 
 
-TEMPORARIES = 6  # arrays of the size of the vectors that pricing one candidate makes
+# Arrays of the size of the vectors: that live through the whole search (the problem and the result), and that pricing
+# one candidate makes.
+LASTING, PASSING = 4, 6
+
+
+def _parts(size: int, budget: int) -> int:
+    """Into how many parts the rows are split; where the lasting arrays alone exceed the budget, into small ones."""
+    return -(-PASSING * size // max(budget - LASTING * size, budget // 8))
 
 
 def priced(
@@ -179,10 +190,10 @@ def channel_exponents(fmt: Float | AnyFloat, scale: jax.Array, widest: jax.Array
       int32 [in].
     """
     m, _, largest = layout(fmt, mantissa)
-    most = jnp.left_shift(1, fmt.bits - 1 - m) - 1
+    most = jnp.asarray(jnp.left_shift(1, fmt.bits - 1 - m) - 1, jnp.float32)
     room = divide(jnp.broadcast_to(scale.ravel() * jnp.ravel(largest), widest.shape), jnp.where(widest > 0, widest, 1))
-    k = jnp.rint(jnp.log2(jnp.maximum(room, 1))).astype(jnp.int32)
-    return jnp.where(widest > 0, jnp.minimum(k, jnp.ravel(jnp.asarray(most))), 0)
+    k = jnp.minimum(jnp.rint(jnp.log2(jnp.maximum(room, 1))), most.ravel()).astype(jnp.int32)
+    return jnp.where(widest > 0, k, 0)
 
 
 def magnified(x: jax.Array, fmt: Float | AnyFloat, scale: jax.Array, k: jax.Array, mantissa: jax.Array) -> jax.Array:

@@ -114,19 +114,27 @@ def shift_through(member: Member, z: jax.Array, w: jax.Array) -> jax.Array:
     return along(lost, columns, len(site.shapes[2]))
 
 
+def through(
+    member: Member, w: jax.Array, b: jax.Array | None, shift: jax.Array | None, scale: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """W' = diag(s) W and b' = b + z W of one consumer's leaves; where it has no bias, b is None and z W comes third, in
+    the output's layout: what is left to add at run time."""
+    lost = None if shift is None else shift_through(member, shift, w)
+    if lost is not None and member.bias is not None and b is not None:
+        b, lost = b + pull(member.bias.pulls, lost).astype(b.dtype), None
+    return w if scale is None else w * weight_spread(member, scale).astype(w.dtype), b, lost
+
+
 def transformed(group: Group, shift: jax.Array | None = None, scale: jax.Array | None = None) -> Group:
     """The equivalent group with x' = (x - z) / s, W' = diag(s) W, b' = b + z W; transforms compose."""
     weights, biases, output_bias = dict(group.weights), dict(group.biases), dict(group.output_bias)
     for member in group.plan.members:
         path = member.site.path
-        if shift is not None:
-            lost = shift_through(member, shift, weights[path])
-            if member.bias is not None:
-                biases[path] = biases[path] + pull(member.bias.pulls, lost).astype(biases[path].dtype)
-            else:
-                output_bias[path] = lost + output_bias[path] if path in output_bias else lost
-        if scale is not None:
-            weights[path] = weights[path] * weight_spread(member, scale).astype(weights[path].dtype)
+        weights[path], b, lost = through(member, weights[path], biases.get(path), shift, scale)
+        if b is not None:
+            biases[path] = b
+        if lost is not None:
+            output_bias[path] = lost + output_bias[path] if path in output_bias else lost
     x = tuple(_transform(x, shift, scale, group.plan.x_axes) for x in group.x)
     total_shift, total_scale = _compose((group.shift, group.scale), shift, scale)
     return replace(

@@ -31,15 +31,16 @@ class FloatSearch:
       clips: the clip values that are tried.
       method: `exhaustive()` or `coarse_to_fine()`.
       metric: `output_error`, `cosine` or `diagonal_hessian`.
-      batches: how many microbatches the activations' search looks at; None is all.
+      tokens: how many tokens, evenly spaced, the activations' search looks at (their ranges and the weights' search see
+        all of them); None is all.
       budget: bytes that it may take beside the layer's own arrays.
     """
 
     rounds: int = 3
     clips: Candidates = log_clips()
-    method: Search = coarse_to_fine(stride=4)
+    method: Search = coarse_to_fine(stride=8, keep=4)
     metric: Metric = output_error
-    batches: int | None = None
+    tokens: int | None = 512
     budget: int = 2**30
 
 
@@ -96,7 +97,7 @@ def _settings(search: FloatSearch, magnify: bool, absorb: bool) -> Settings:
     if search.rounds < 1:
         raise ValueError(f"FloatSearch: rounds is {search.rounds}; at least one is needed")
     return Settings(
-        search.clips, search.method, search.metric, search.budget, search.rounds, search.batches, magnify, absorb
+        search.clips, search.method, search.metric, search.budget, search.rounds, search.tokens, magnify, absorb
     )
 
 
@@ -132,6 +133,8 @@ def _described(name: str, what: Numbers, granularity: PerChannel | PerTensor) ->
     if not isinstance(quantizer.granularity, allowed):
         names = ", ".join(cls.__name__ for cls in allowed)
         raise ValueError(f"{name}: {quantizer.granularity} is not searched; possible here: {names}")
+    if isinstance(quantizer.granularity, PerGroup) and quantizer.granularity.scales != "real":
+        raise ValueError(f"{name}: scales that are {quantizer.granularity.scales} are not searched; use `quantize`")
     return quantizer
 
 
@@ -144,7 +147,7 @@ def _contraction(group: Group, how: Settings) -> Group:
     layer = layer_of(group, free)
     found = alternate(layer, w, x, replace(how, magnify=how.magnify and x is not None and group.can_scale()))
     exponents = found.input.exponents if found.input is not None else None
-    moved = group
+    moved = group.noted(losses=found.losses)
     if exponents is not None and np.asarray(exponents).any():
         moved = transformed(group, scale=power_of_two(-exponents).reshape(group.channels))
     if found.input is not None and x is not None:
@@ -160,7 +163,7 @@ def _contraction(group: Group, how: Settings) -> Group:
         if exponents is not None and not how.absorb and np.asarray(exponents).any():
             spread = weight_spread(member, -exponents.reshape(group.channels))
             codes[path] = replace(codes[path], exponents=spread.astype(jnp.int8))
-    return encoded(moved, codes).noted(losses=found.losses, input=found.input, weights=found.weights)
+    return encoded(moved, codes)
 
 
 def _coded(leaf: jax.Array, quantizer: Quantizer, found: Found, axes: tuple[int, ...]) -> QTensor:

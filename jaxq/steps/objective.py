@@ -24,6 +24,7 @@ class Consumer:
 
     op: int  # its contraction's place in the segment
     leaf_axes: tuple[int, ...]
+    experts: tuple[int, ...]
     views: tuple[View, ...]
     w_axes: tuple[int, ...]
     w_ndim: int
@@ -112,7 +113,7 @@ def scaled_and_quantized(
     for consumer, w in zip(piece.consumers, numbers.weights, strict=True):
         spread = pull(tuple(reversed(consumer.views)), along(s, consumer.w_axes, consumer.w_ndim))
         w = w * spread.astype(w.dtype)
-        scaled.append(w if weights is None else fake_quantize_weight(w, weights, consumer.leaf_axes))
+        scaled.append(w if weights is None else fake_quantize_weight(w, weights, consumer.leaf_axes, consumer.experts))
     return Numbers(x, tuple(scaled), numbers.biases, numbers.output_biases, numbers.others)
 
 

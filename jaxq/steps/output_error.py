@@ -68,14 +68,15 @@ def _diagonal(problem: Problem, e: jax.Array) -> jax.Array:
 
 
 def cosine(problem: Problem, v_hat: jax.Array) -> jax.Array:
-    """1 - the cosine between the output in full precision and the quantized one, [blocks, rows]."""
+    """1 - the cosine between the output in full precision and the quantized one, [blocks, rows]: 1 where only the
+    quantized one is zero, 0 where nothing but zero was wanted."""
     assert problem.hessian.ndim == 3
     reach = problem.v @ problem.hessian
     towards = reach if problem.gradient is None else reach + problem.gradient
     along = (v_hat * towards).sum(-1)
     size = ((v_hat @ problem.hessian) * v_hat).sum(-1)
     norm = jnp.sqrt(jnp.maximum(size, 0)) * jnp.sqrt(problem.energy)
-    return jnp.where(norm > 0, 1 - along / jnp.where(norm > 0, norm, 1), jnp.float32(0))
+    return jnp.where(problem.energy > 0, 1 - along / jnp.where(norm > 0, norm, 1), jnp.float32(0))
 
 
 def weight_problem(

@@ -99,5 +99,5 @@ def encode_weights(group: Group) -> Group:
     for member in group.plan.members:
         w = group.weights[member.site.path]
         if not is_qtensor(w):
-            codes[member.site.path] = quantize_weight(w, quantizer, member.site.leaf_axes)
+            codes[member.site.path] = quantize_weight(w, quantizer, member.site.leaf_axes, member.site.experts)
     return encoded(group, codes)

@@ -1,5 +1,6 @@
 """Against transformers itself, where torch is installed: configurations beyond the goldens, and what save_hf writes."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -20,6 +21,10 @@ LLAMA = dict(
     model_type="llama", vocab_size=40, hidden_size=24, intermediate_size=40, num_attention_heads=4,
     num_key_value_heads=2, num_hidden_layers=2, max_position_embeddings=16,
 )  # fmt: skip
+BERT = dict(
+    model_type="bert", architectures=["BertModel"], vocab_size=40, hidden_size=24, intermediate_size=40,
+    num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=16,
+)  # fmt: skip
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 CONFIGS = {
     "opt gelu": OPT | dict(activation_function="gelu"),
@@ -33,6 +38,9 @@ CONFIGS = {
     "llama one kv head": LLAMA | dict(num_key_value_heads=1, rope_theta=500.0),
     "rope linear": LLAMA | dict(rope_scaling={"type": "linear", "factor": 4.0}, rope_theta=1000.0),
     "rope dynamic": LLAMA | dict(rope_parameters={"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1000.0}),
+    "bert relu, one token type": BERT | dict(hidden_act="relu", type_vocab_size=1, layer_norm_eps=1e-5),
+    "bert regression": BERT | dict(architectures=["BertForSequenceClassification"], id2label={"0": "score"}),
+    "bert masked lm": BERT | dict(architectures=["BertForMaskedLM"], hidden_act="gelu_new"),
     "rope llama3": LLAMA | dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=32, rope_theta=100.0)),
 }
 
@@ -43,10 +51,13 @@ def random_params(config, seed=0):
 
 
 def torch_logits(directory, tokens, mask=None):
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    """The logits of the architecture that the configuration names, or the hidden states where it has no head."""
+    (name,) = json.loads((directory / "config.json").read_text()).get("architectures", ["AutoModelForCausalLM"])
+    model = getattr(transformers, name).from_pretrained(directory, attn_implementation="eager")
     with torch.no_grad():
         ids, mask = torch.tensor(tokens, dtype=torch.long), None if mask is None else torch.tensor(mask)
-        return model.eval()(ids, attention_mask=mask).logits.float().numpy()
+        found = model.eval()(ids, attention_mask=mask)
+        return (found.logits if "logits" in found else found.last_hidden_state).float().numpy()
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -59,7 +70,7 @@ def test_saved_models_compute_the_same_in_transformers(config, tmp_path):
     np.testing.assert_allclose(jax.jit(model.forward)(params, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ("opt-post-norm", "llama-sharded"))
+@pytest.mark.parametrize("name", ("opt-post-norm", "llama-sharded", "bert"))
 def test_padding_beside_transformers(name):
     model, expected = load(GOLDEN / name), np.load(GOLDEN / name / "expected.npz")
     tokens, mask = expected["tokens"], expected["mask"]

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from jaxq.formats import SMALLEST_SCALE, Int, decode, encode, fake_quant, grid_from_range
 
-GOLDEN = Path(__file__).resolve().parents[1] / "../shared/goldens/fakequant_int.npz"
+GOLDEN = Path(__file__).resolve().parents[2] / "../shared/goldens/fakequant_int.npz"
 FORMATS = [Int(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False)]
 
 formats = st.sampled_from(FORMATS)

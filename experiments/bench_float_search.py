@@ -1,0 +1,202 @@
+"""LLM-FP4's search of one layer, against the published algorithm's loops in PyTorch on the same cores.
+
+    python experiments/bench_float_search.py [--repeats 3] [--skip-torch]
+
+A layer of 768x768 reading 8x128 tokens, W4A4, 3 rounds, 3 formats, 100 candidates. The loops follow the published
+order and candidates, with the number of codes repaired (16, not 17). Also: the weights' search at 64 times the tokens,
+and the memory that the search takes beside its arguments, as XLA plans it. Needs PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxq
+from jaxq.formats import AnyFloat, fake_quant
+from jaxq.steps import FloatSearch, float_layer
+from jaxq.steps.float_search import search_grids
+from jaxq.steps.llm_fp4 import _settings
+from jaxq.steps.output_error import output_error, weight_problem
+
+WIDTH, BATCHES, TOKENS = 768, 8, 128
+FORMATS = ((3, 0), (2, 1), (1, 2))
+GAMMAS = [0.01 + i * (1.2 - 0.01) / 100 for i in range(100)]
+FLOAT4 = AnyFloat(4)
+
+
+def data(batches: int = BATCHES) -> tuple[np.ndarray, np.ndarray]:
+    """Activations with a few loud and lopsided channels, [batches, tokens, in], and weights [out, in]."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(batches, TOKENS, WIDTH)).astype(np.float32)
+    loud = rng.choice(WIDTH, 12, replace=False)
+    x[..., loud] *= rng.uniform(2, 9, 12).astype(np.float32)
+    w = (rng.normal(size=(WIDTH, WIDTH)) / WIDTH**0.5).astype(np.float32)
+    return x, w
+
+
+# The published algorithm ----------------------------------------------------------------------------------------------
+
+
+def torch_quantized(x, e: int, m: int, bias):
+    import torch
+
+    largest = (2 - 2.0**-m) * 2 ** (2**e - 1 - bias)
+    x = torch.minimum(torch.maximum(x, -largest), largest)
+    p = torch.clamp(torch.floor(torch.log2(torch.abs(x)) + bias), min=1)
+    step = 2 ** (p - m - bias)
+    return torch.round(x / step) * step
+
+
+def torch_bias(width, e: int, m: int):
+    import torch
+
+    return 2**e - 1 - torch.log2(width) + float(np.log2(2 - 2.0**-m))
+
+
+def torch_search(x, w, rounds: int = 3):
+    """The best weights and activations, quantized, by the published rounds."""
+    import torch
+
+    y = x @ w.T
+    rows = {f: torch_bias(w.abs().amax(1, keepdim=True), *f) for f in FORMATS}
+    channels = {f: torch_bias(x.abs().amax(0), *f) for f in FORMATS}
+
+    def activation(f, r):
+        k = torch.clamp(torch.round(channels[f]) - torch.round(r), 0, 2 ** f[0] - 1)
+        return torch_quantized(x, *f, r + k)
+
+    state_w, state_x = ((2, 1), rows[2, 1]), ((2, 1), channels[2, 1].amin())
+    for _ in range(rounds):
+        best_w, best_x = {}, {}
+        x_hat = activation(*state_x)
+        for f in FORMATS:
+            errors = torch.stack([((x_hat @ torch_quantized(w, *f, g * rows[f]).T - y) ** 2).mean(0) for g in GAMMAS])
+            best_w[f] = torch.tensor(GAMMAS)[errors.argmin(0)][:, None] * rows[f]
+        w_hat = torch_quantized(w, *state_w[0], state_w[1])
+        for f in FORMATS:
+            r = channels[f].amin()
+            errors = torch.stack([((activation(f, g * r) @ w_hat.T - y) ** 2).mean() for g in GAMMAS])
+            best_x[f] = GAMMAS[int(errors.argmin())] * r
+        by_w = [((x_hat @ torch_quantized(w, *f, best_w[f]).T - y) ** 2).mean() for f in FORMATS]
+        f = FORMATS[int(torch.stack(by_w).argmin())]
+        state_w = f, best_w[f]
+        w_hat = torch_quantized(w, *f, best_w[f])
+        by_x = [((activation(g, best_x[g]) @ w_hat.T - y) ** 2).mean() for g in FORMATS]
+        f = FORMATS[int(torch.stack(by_x).argmin())]
+        state_x = f, best_x[f]
+    return torch_quantized(w, *state_w[0], state_w[1]), activation(*state_x)
+
+
+# Ours -----------------------------------------------------------------------------------------------------------------
+
+
+def layer(batches: int = BATCHES) -> float_layer.Layer:
+    x, w = data(batches)
+    return float_layer.Layer(jnp.asarray(x), jnp.ones(x.shape[:2]), (jnp.asarray(w),), (None,), products=True)
+
+
+WEIGHTS, ACTIVATIONS = jaxq.per_channel(FLOAT4), jaxq.per_tensor(FLOAT4)
+
+
+def ours(search: FloatSearch, given: float_layer.Layer) -> float:
+    """The relative output error of the best turn."""
+    losses = float_layer.alternate(given, WEIGHTS, ACTIVATIONS, _settings(search, magnify=True, absorb=True)).losses
+    return float(losses.min() / jnp.square(given.x @ given.ws[0].T).sum())
+
+
+def timed(f, *args):
+    start = time.perf_counter()
+    result = jax.block_until_ready(f(*args))
+    return time.perf_counter() - start, result
+
+
+def compare(repeats: int, with_torch: bool) -> None:
+    given = layer()
+    searches = {"default": FloatSearch(), "exhaustive": FloatSearch(method=jaxq.exhaustive(), tokens=None)}
+    seconds: dict[str, list[float]] = {name: [] for name in (*searches, "PyTorch loops")}
+    errors: dict[str, float] = {}
+    for search in searches.values():
+        ours(search, given)  # compile
+    for i in range(repeats):
+        for name, search in searches.items():
+            t, errors[name] = timed(ours, search, given)
+            seconds[name].append(t)
+        if with_torch and i == 0:
+            import torch
+
+            torch.set_num_threads(2)
+            x, w = (torch.tensor(a) for a in (np.asarray(given.x).reshape(-1, WIDTH), np.asarray(given.ws[0])))
+            t, (w_hat, x_hat) = timed(torch_search, x, w)
+            seconds["PyTorch loops"].append(t)
+            y = x @ w.T
+            errors["PyTorch loops"] = float(((x_hat @ w_hat.T - y) ** 2).sum() / (y**2).sum())
+    for name, found in errors.items():
+        t = median(seconds[name])
+        ratio = median(seconds["PyTorch loops"]) / t if with_torch else float("nan")
+        print(f"{name:14} {t:7.2f} s   {ratio:6.1f}x   relative output error {found:.5f}", flush=True)
+
+
+def tokens(repeats: int) -> None:
+    """The weights' search alone and with its sums over tokens, at 1 and 64 times the tokens."""
+    x_fmt, how = FLOAT4, FloatSearch()
+
+    @jax.jit
+    def sums(w, x):
+        scale = (jnp.abs(x).max() / 6).reshape(1, 1)
+        return weight_problem(w, x, jnp.ones(x.shape[:2]), lambda a: fake_quant(x_fmt, a, scale), 1)
+
+    @jax.jit
+    def search(problem):
+        return search_grids(problem, FLOAT4, how.clips, jaxq.exhaustive(), output_error, False, how.budget)
+
+    times: dict[tuple[str, int], list[float]] = {}
+    given = {n: layer(BATCHES * n) for n in (1, 64)}
+    for _ in range(repeats + 1):
+        for n, it in given.items():
+            t_sums, problem = timed(sums, it.ws[0], it.x)
+            t_search, _ = timed(search, problem)
+            times.setdefault(("sums", n), []).append(t_sums)
+            times.setdefault(("search", n), []).append(t_search)
+    mid = {key: median(t[1:]) for key, t in times.items()}
+    whole = {n: mid["sums", n] + mid["search", n] for n in given}
+    print(f"weights, 100 candidates, 64x the tokens: search {mid['search', 64] / mid['search', 1]:.2f}x"
+          f" ({mid['search', 1]:.2f} s), with its sums over tokens {whole[64] / whole[1]:.2f}x"
+          f" ({whole[1]:.2f} s -> {whole[64]:.2f} s)")  # fmt: skip
+
+
+def memory() -> None:
+    """What XLA plans beside arguments and results, in MiB, for a large layer and a small budget."""
+    x, w = jnp.zeros((8, 512, 4096)), jnp.zeros((11008, 4096))
+    given = float_layer.Layer(x, jnp.ones(x.shape[:2]), (w,), (None,), products=True)
+    for budget in (2**30, 2**28):
+        how = replace(_settings(FloatSearch(tokens=None), magnify=True, absorb=True), budget=budget)
+        start = float_layer._unclipped(FLOAT4, jnp.ones(4096), how)
+        ran = {
+            "weights": float_layer._weight.lower(given, w, None, start, WEIGHTS, FLOAT4, how),
+            "activations": float_layer._input.lower(given, (w,), jnp.ones(4096), FLOAT4, how),
+        }
+        for name, lowered in ran.items():
+            planned = lowered.compile().memory_analysis().temp_size_in_bytes
+            print(f"4096x11008, 4096 tokens, budget {budget >> 20} MiB: {name} search takes {planned >> 20} MiB"
+                  f" (the weight itself {w.nbytes >> 20} MiB)", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    args = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    args.add_argument("--repeats", type=int, default=3)
+    args.add_argument("--skip-torch", action="store_true")
+    given = args.parse_args()
+    compare(given.repeats, not given.skip_torch)
+    tokens(given.repeats)
+    memory()
+
+
+if __name__ == "__main__":
+    main()

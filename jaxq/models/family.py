@@ -1,0 +1,23 @@
+"""What a file of this folder says of the architectures in it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from flax import nnx
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one ``model_type``, and how a Hugging Face checkpoint names their parameters.
+
+    ``network(config, rngs=rngs)`` makes the module, called with ``(tokens, mask, ...)``; ValueError for what it does
+    not support. ``names`` maps a parameter's module to its name in a checkpoint ({} stands for the layer's number),
+    ``full_name`` a tensor's name as found to the one that ``names`` gives, for prefixes come and go. Tensors that end
+    in one of ``ignored`` may be there without a place in the model. ``causal``: a position sees only what is before it.
+    """
+
+    network: Callable[..., nnx.Module]
+    names: Mapping[str, str]
+    full_name: Callable[[str], str]
+    ignored: tuple[str, ...]
+    causal: bool
