@@ -28,22 +28,25 @@ def searched(s: Specimen, step: jaxq.steps.Step, **options) -> tuple[jaxq.Quanti
 
 
 KINDS = [
-    bare.matmul,
-    bare.einsum_heads_in,  # a contraction over two axes, as attention's output projection
-    bare.permuted_contraction,
-    bare.reshaped_weight,
     bare.transposed,
+    bare.einsum_heads_in,  # a contraction over two axes, as attention's output projection
     bare.conv2d_nhwc,
     bare.vmapped_experts,
+    control.scan_stacked,
+]
+RELATIVES = [  # of these
+    bare.matmul,
+    bare.permuted_contraction,
+    bare.reshaped_weight,
     bare.ragged,
     bare.bfloat16,
-    bare.lora,  # of two weights that are read together only one's input is known
-    control.scan_stacked,
+    bare.lora,
     control.conditional,
 ]
+ALL_KINDS = [*KINDS, *(pytest.param(make, marks=pytest.mark.slow) for make in RELATIVES)]
 
 
-@pytest.mark.parametrize("make", KINDS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("make", ALL_KINDS, ids=lambda m: m.__name__)
 def test_every_kind_of_group_is_better_than_round_to_nearest(make) -> None:
     """E4M3 at the widest range is one of the things that are tried."""
     s, fmt = make(), jaxq.Float(4, 3)
