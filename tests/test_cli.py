@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from jaxq import storage
 from jaxq.cli import app
-from tests.tiny import LLAMA, OPT, TEXT, write_model
+from tests.tiny import BERT, LLAMA, OPT, TEXT, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = (ROOT / "../shared").resolve()
@@ -103,6 +103,50 @@ def test_a_searched_percentile_is_reported(opt, text, tmp_path):
     clipping = json.loads((tmp_path / "out/jaxq.json").read_text())["about"]["clipping"]
     assert len(clipping["losses"]) == len(clipping["percentiles"]) == 10
     assert min(clipping["losses"]) == clipping["losses"][clipping["percentiles"].index(clipping["percentile"])]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "bert", BERT)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    lines = ("def add,return a,1.0", "class Thing,class Thin,5.0", '"print(i)",name,0.5', "name = x,names = y,4.0")
+    path = tmp_path / "pairs.csv"
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+def similarity(model: object, pairs: Path, out: Path) -> dict:
+    shown = run("eval", model, "--sts", pairs, "--json", out)
+    found = json.loads(out.read_text())
+    assert "Spearman" in shown and f"{found['spearman']:.4g}" in shown
+    assert found["pairs"] == 4 and found["length"] == 32 and -1 <= found["spearman"] <= 1
+    return found
+
+
+def test_an_encoder(bert, recipe, text, pairs, tmp_path):
+    similarity(bert, pairs, tmp_path / "a.json")
+    shown = quantize(bert, recipe, text, tmp_path / "out")
+    assert "2 batches of 2 sentences x" in shown and "4 groups transformed" in shown
+    similarity(tmp_path / "out", pairs, tmp_path / "b.json")
+    assert json.loads((tmp_path / "out/jaxq.json").read_text())["about"]["proofs"]["fold_error_of_logits"] < 1e-5
+
+
+def test_each_model_has_its_own_measure(opt, bert, text, pairs, tmp_path):
+    refused(run("eval", bert, "--perplexity", text, code=1), "encoder", "--sts")
+    refused(run("eval", opt, "--sts", pairs, code=1), "[1, 8, 1024]", "--sts")
+    refused(run("eval", bert, "--sts", text, code=1), "row 1", "sentence,sentence,score")
+    for given in ((), ("--sts", pairs, "--perplexity", text)):
+        refused(run("eval", bert, *given, code=1), "--perplexity", "--sts")
+
+
+def test_no_percentile_is_searched_for_an_encoder(bert, text, tmp_path):
+    observer = {"name": "token_quantile", "percentile": "search"}
+    recipe = tmp_path / "clip.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE | {"activations": {"bits": 8, "observer": observer}}), "utf-8")
+    refused(quantize(bert, recipe, text, tmp_path / "out", code=1), "percentile", "encoder")
 
 
 def test_sites(opt, tmp_path):

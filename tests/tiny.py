@@ -1,4 +1,4 @@
-"""Language models small enough to make and quantize within a test, in Hugging Face format."""
+"""Models small enough to make and quantize within a test, in Hugging Face format."""
 
 from functools import cache
 from pathlib import Path
@@ -32,6 +32,16 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
+}
+BERT = {
+    "model_type": "bert",
+    "architectures": ["BertModel"],
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 1024,
+    "max_position_embeddings": 32,
 }
 TEXT = (
     "def add(a, b):\n    return a + b\n\n\nclass Thing:\n    name = 'x'\n    for i in range(10):\n        print(i)\n"

@@ -1,4 +1,4 @@
-"""BERT beside what transformers computed, its checkpoints' many names, and quantization of a post-norm encoder."""
+"""BERT beside what transformers computed, and its checkpoints' many names"""
 
 import json
 import shutil
