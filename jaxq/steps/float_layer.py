@@ -179,6 +179,7 @@ def _widest(layer: Layer) -> jax.Array:
     return jnp.max(jnp.abs(layer.x) * layer.real[:, :, None], (0, 1))
 
 
+@partial(jax.jit, static_argnums=(0, 2))
 def _unclipped(fmt: Kind, widest: jax.Array, how: Settings) -> Input:
     """Where the turns begin: the usual format, at the scale at which nothing is clipped."""
     usual = fmt.usual if isinstance(fmt, AnyFloat) else fmt

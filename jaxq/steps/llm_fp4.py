@@ -149,7 +149,7 @@ def _contraction(group: Group, how: Settings) -> Group:
     exponents = found.input.exponents if found.input is not None else None
     moved = group.noted(losses=found.losses)
     if exponents is not None and np.asarray(exponents).any():
-        moved = transformed(group, scale=power_of_two(-exponents).reshape(group.channels))
+        moved = transformed(moved, scale=power_of_two(-exponents).reshape(group.channels))
     if found.input is not None and x is not None:
         ndim = group.x[0].ndim
         moved = replace(moved, grid=_grid(x, found.input.scale.reshape((1,) * ndim), found.input.mantissa, ndim))
