@@ -149,6 +149,29 @@ def test_no_percentile_is_searched_for_an_encoder(bert, text, tmp_path):
     refused(quantize(bert, recipe, text, tmp_path / "out", code=1), "percentile", "encoder")
 
 
+FLOAT = {"format": "float", "bits": 4}
+# A search that takes seconds.
+LLM_FP4 = {"name": "llm_fp4", "rounds": 1, "candidates": 5, "search": "exhaustive"}
+
+
+def test_the_float_formats_that_were_chosen_are_told(opt, text, tmp_path):
+    recipe = tmp_path / "fp4.yaml"
+    floats = {"weights": FLOAT | {"exponent_bits": 3}, "activations": FLOAT, "embeddings": FLOAT | {"bits": 8}}
+    methods = [{"name": "channel_shift"}, LLM_FP4]
+    recipe.write_text(yaml.safe_dump(RECIPE | {"method": methods, "skip": ["lm_head/*"], **floats}), "utf-8")
+    shown = " ".join(quantize(opt, recipe, text, tmp_path / "out").split())
+    found = json.loads((tmp_path / "out/jaxq.json").read_text())["about"]["float_formats"]
+    assert found["weights"].pop("E3M0") == 12, "all six of each layer"
+    assert sum(found["weights"].values()) == 2, "two tables, and the head tied to one of them"
+    assert sum(found["activations"].values()) == 9 and set(found["activations"]) <= {"E1M2", "E2M1", "E3M0"}
+    assert "float formats: weights 12 E3M0, " in shown and "; activations " in shown
+    perplexity(tmp_path / "out", text, tmp_path / "a.json")
+
+
+def test_integers_tell_no_float_formats(opt, recipe, text, tmp_path):
+    assert "float formats" not in quantize(opt, recipe, text, tmp_path / "out")
+
+
 def test_sites(opt, tmp_path):
     shown = run("sites", opt, "--json", tmp_path / "sites.json")
     assert "layers/*/attn/q/kernel" in shown and "layers/*/attn_norm/{scale,bias}" in shown
@@ -156,7 +179,9 @@ def test_sites(opt, tmp_path):
 
 
 def test_recipes():
-    assert "os_plus-w6a6" in run("recipes")
+    shown = run("recipes")
+    for name in ("os_plus-w6a6", "llm_fp4-w4a4e4", "minmax_fp-w8a8e8", "channel_shift-llm_fp4-w4a4"):
+        assert name in shown
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -209,6 +234,13 @@ def test_unknown_recipe_key(opt, text, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE | {"weights": {"bitz": 8}}), "utf-8")
     refused(quantize(opt, recipe, text, tmp_path / "out", code=1), str(recipe), "weights.bitz", "bits")
+
+
+def test_an_unquantizable_combination(opt, text, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE | {"method": [{"name": "os_plus"}, LLM_FP4]}), "utf-8")
+    error = quantize(opt, recipe, text, tmp_path / "out", code=1)
+    refused(error, f"{recipe}: weights: llm_fp4 searches floats", f"{recipe}: activations", "format: float")
 
 
 def test_a_skip_pattern_that_matches_nothing(opt, text, tmp_path):

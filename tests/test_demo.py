@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from jaxq import demo
-from jaxq.steps import llm_fp4, nothing, os_plus
+from jaxq.formats import Float
+from jaxq.steps import nothing, os_plus, quantize
 from tests.tiny import OPT, tiny_model
 
 
@@ -23,12 +24,12 @@ def test_the_table_and_the_plots(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "BITS", (8,))
     monkeypatch.setattr(demo, "ACTIVATIONS", {"per tensor": demo.per_tensor})
     monkeypatch.setattr(demo, "METHODS", {"round to nearest": nothing(), "OS+": os_plus()})
-    monkeypatch.setattr(demo, "FLOATS", {4: {"LLM-FP4": llm_fp4(4, 4, search=demo.SEARCH)}})
+    monkeypatch.setattr(demo, "FLOATS", {4: {"MinMax": quantize(Float(2, 1), Float(2, 1))}})
     shown = run_small(monkeypatch, tmp_path / "plots")
     words = " ".join(shown.split())
     for text in ("full precision", "W8A8 per tensor", "round to nearest", "OS+", "times the median channel"):
         assert text in words
-    assert "W4A4 float" in words and "LLM-FP4" in words
+    assert "W4A4 float" in words and "MinMax" in words
     for name in ("ranges.png", "search.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
 

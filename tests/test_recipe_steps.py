@@ -36,6 +36,7 @@ from jaxq.steps import (
     channel_shift,
     cosine,
     diagonal_hessian,
+    fed_by_norm,
     linear_clips,
     log_clips,
     os_plus,
@@ -189,7 +190,6 @@ def test_float_search(keys, want, monkeypatch):
 @pytest.mark.parametrize(
     "method, by_hand",
     [
-        ([{"name": "llm_fp4"}], lambda: llm_fp4(4, 4, 4, search=SHORTER)),
         ([{"name": "post_shifted_fp4"}], lambda: post_shifted_fp4(4, 4, 4, search=SHORTER)),
         ([{"name": "fpq_baseline"}], lambda: fpq_baseline(4, 4, 4, search=SHORTER)),
         (
@@ -198,27 +198,37 @@ def test_float_search(keys, want, monkeypatch):
         ),
         (
             [{"name": "os_plus", "candidates": 5}, {"name": "llm_fp4"}],
-            lambda: chain(os_plus(scale=channel_scale(1.0, 5, exhaustive())), llm_fp4(4, 4, 4, search=SHORTER)),
+            lambda: chain(
+                os_plus(scale=channel_scale(1.0, 5, exhaustive(), where=fed_by_norm)), llm_fp4(4, 4, 4, search=SHORTER)
+            ),
         ),
         (
             [{"name": "smooth_quant"}, {"name": "none"}],
             lambda: chain(
-                smooth_quant(), quantize(Float(2, 1), per_tensor(Float(2, 1), obs.average_min_max()), None, Float(2, 1))
+                smooth_quant(where=fed_by_norm),
+                quantize(Float(2, 1), per_tensor(Float(2, 1), obs.average_min_max()), None, Float(2, 1)),
             ),
         ),
     ],
-    ids=["llm_fp4", "post_shifted", "baseline", "shift", "os_plus", "min_max"],
+    ids=["post_shifted", "baseline", "shift", "os_plus", "min_max"],
 )
 def test_float_recipes_are_what_their_steps_are(method, by_hand):
     model = tiny_model(OPT)
     method = [*method[:-1], method[-1] | (SHORT if method[-1]["name"] != "none" else {})]
-    # The head is tied to the table: skipping the product alone would need another name.
     recipe = made(method=method, embeddings=FLOAT, skip=["lm_head/*"], **FLOATS)
     found, _ = calibrate_recipe(model.forward, model.params, TOKENS, recipe)
     same(found, calibrate(model.forward, model.params, TOKENS, by_hand()))
     assert is_qtensor(found.params["embed"]["embedding"]), "the table is quantized"
-    plain, _ = calibrate_recipe(model.forward, model.params, TOKENS, made(method=method, **FLOATS))
-    assert not is_qtensor(plain.params["embed"]["embedding"]) and "embed/embedding" not in plain.inputs
+
+
+def test_the_table_waits_for_skip_and_embeddings():
+    """A head that is tied to the table goes with it."""
+    model = tiny_model(OPT)
+    kept = made(**FLOATS), made(embeddings=FLOAT, skip=["lm_head/*", "embed/*"], **FLOATS)
+    for recipe in kept:
+        plain, _ = calibrate_recipe(model.forward, model.params, TOKENS, recipe)
+        assert not is_qtensor(plain.params["embed"]["embedding"]) and "embed/embedding" not in plain.inputs
+        assert is_qtensor(plain.params["positions"]["embedding"]) == (recipe.embeddings is not None)
 
 
 # The percentile search ------------------------------------------------------------------------------------------------
