@@ -14,14 +14,15 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_examples_run(capsys):
-    checkpoint, own_model, quantizing, coverage = blocks("python")
+    checkpoint, own_model, quantizing, floats, coverage = blocks("python")
     assert len(checkpoint.splitlines()) <= 6 and len(quantizing.splitlines()) <= 5
     names: dict = {}
     exec(checkpoint, names)
     assert "Perplexity(perplexity=" in capsys.readouterr().out
     names = {}
-    exec(own_model + quantizing + coverage, names)
+    exec(own_model + quantizing + floats + coverage, names)
     assert names["logits"].shape == (16, 10)
+    assert names["qparams"].params["up"]["kernel"].format == names["jaxq"].AnyFloat(4)
     assert "up/kernel" in capsys.readouterr().out
 
 
