@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +167,7 @@ def _contraction(group: Group, how: Settings) -> Group:
     return encoded(moved, codes)
 
 
+@partial(jax.jit, static_argnums=(1, 3))
 def _coded(leaf: jax.Array, quantizer: Quantizer, found: Found, axes: tuple[int, ...]) -> QTensor:
     scale = in_leaf(found.scale.transpose(1, 0, 2).ravel(), leaf.shape, quantizer.granularity, axes)
     return quantize_array(leaf, quantizer.format, _grid(quantizer, scale, found.mantissa, leaf.ndim))

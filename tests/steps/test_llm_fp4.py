@@ -103,7 +103,7 @@ def test_exponents_that_fold_nowhere_stay_at_run_time() -> None:
     exact = jaxq.Quantized(
         {"w": w["w"] * quant.scale[:, None]}, {"w": jaxq.InputQuant(None, quant.scale, sites=("w",))}
     )
-    np.testing.assert_allclose(jaxq.execute(run)(exact, x), run(w, x), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jaxq.execute(run))(exact, x), run(w, x), rtol=1e-6, atol=1e-6)
 
 
 def test_post_shifted_by_hand() -> None:
@@ -117,7 +117,7 @@ def test_post_shifted_by_hand() -> None:
     np.testing.assert_array_equal(q.exponents, -k[:, None])
     x_hat = fake_quant(E2M1, x * row(jnp.asarray(2**k), 3), quant.grid.scale)
     want = np.asarray(x_hat) * 2.0**-k @ np.asarray(fake_quant(E2M1, w["w"], q.grid.scale))
-    got = jaxq.execute(lambda p, x: x @ p["w"])(quantized, x)
+    got = jax.jit(jaxq.execute(lambda p, x: x @ p["w"]))(quantized, x)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -129,7 +129,7 @@ def test_exponents_pay_where_a_few_channels_are_large() -> None:
     run = lambda p, x: x @ p["w"]  # noqa: E731
 
     def lost(step: Step) -> float:
-        return float(jnp.square(jaxq.execute(run)(jaxq.calibrate(run, w, [x], step), x) - run(w, x)).sum())
+        return float(jnp.square(jax.jit(jaxq.execute(run))(jaxq.calibrate(run, w, [x], step), x) - run(w, x)).sum())
 
     alone = lost(fp4(jaxq.fpq_baseline))
     assert max(lost(fp4()), lost(fp4(jaxq.post_shifted_fp4))) < 0.8 * alone
@@ -146,8 +146,8 @@ def test_the_unit_of_weights_and_activations_does_not_matter(power: int) -> None
     for scale_w, scale_x in ((factor, 1), (1, factor)):
         scaled = {"w": w["w"] * scale_w}
         other = jaxq.calibrate(run, scaled, [x * scale_x], fp4())
-        got = jaxq.execute(run)(other, x * scale_x)
-        np.testing.assert_array_equal(got, jaxq.execute(run)(one, x) * factor)
+        got = jax.jit(jaxq.execute(run))(other, x * scale_x)
+        np.testing.assert_array_equal(got, jax.jit(jaxq.execute(run))(one, x) * factor)
 
 
 def test_permuting_output_channels_permutes_the_result() -> None:
@@ -195,12 +195,12 @@ def test_zeros_and_constants() -> None:
     for step in (jaxq.llm_fp4, jaxq.post_shifted_fp4, jaxq.fpq_baseline):
         quantized = jaxq.calibrate(run, {"w": w}, [x], fp4(step))
         assert all(np.isfinite(a).all() for a in jax.tree.leaves(quantized) if a.dtype == jnp.float32)
-        got = jaxq.execute(run)(quantized, x)
+        got = jax.jit(jaxq.execute(run))(quantized, x)
         assert np.isfinite(got).all() and not got[..., 3].any()
         assert jnp.square(got - x @ w).sum() < 0.05 * jnp.square(x @ w).sum()
         for a, b in ((w, x * 0), (w * 0, x)):
             quantized = jaxq.calibrate(run, {"w": a}, [b], fp4(step))
-            assert not jaxq.execute(run)(quantized, b).any()
+            assert not jax.jit(jaxq.execute(run))(quantized, b).any()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

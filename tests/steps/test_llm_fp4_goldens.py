@@ -251,7 +251,7 @@ class Replay:
 
 
 @pytest.mark.parametrize("legal", [True, False], ids=["n_bits", "published"])
-@pytest.mark.parametrize("case", ["baseline_w4a4e2", "fpq_w4a4e2", "fpq_w6a6e3"])
+@pytest.mark.parametrize("case", ["baseline_w4a4e2", "fpq_w4a4e2", pytest.param("fpq_w6a6e3", marks=pytest.mark.slow)])
 def test_every_step_of_the_published_search(case: str, legal: bool) -> None:
     Replay(case, legal).rounds()
 
@@ -311,13 +311,14 @@ FAST, FULL = jaxq.FloatSearch(), jaxq.FloatSearch(method=exhaustive())
     ("case", "make", "search", "slack"),
     [
         ("baseline_w4a4e2", jaxq.fpq_baseline, FAST, 1),
-        ("baseline_w4a4e2", jaxq.fpq_baseline, FULL, 1),
+        pytest.param("baseline_w4a4e2", jaxq.fpq_baseline, FULL, 1, marks=pytest.mark.slow),
         ("fpq_w4a4e2", jaxq.llm_fp4, FAST, 1),
         ("fpq_w4a4e2", jaxq.llm_fp4, FULL, 1),
-        ("fpq_w4a4e2", jaxq.post_shifted_fp4, FULL, 1),
+        ("fpq_w4a4e2", jaxq.post_shifted_fp4, FAST, 1),
+        pytest.param("fpq_w4a4e2", jaxq.post_shifted_fp4, FULL, 1, marks=pytest.mark.slow),
         # The turns end where neither operand changes: of 6 bits some 3 % from the best such place, which a denser grid
         # of clip values reaches.
-        ("fpq_w6a6e3", jaxq.llm_fp4, FAST, 1.05),
+        pytest.param("fpq_w6a6e3", jaxq.llm_fp4, FAST, 1.05, marks=pytest.mark.slow),
     ],
 )
 def test_no_worse_than_the_published_result(case: str, make: Callable, search: jaxq.FloatSearch, slack: float) -> None:
