@@ -45,7 +45,7 @@ METHODS = {"round to nearest": nothing(), "SmoothQuant": smooth_quant(), "OS+": 
 # Shorter than the default, as this is a demo: one turn and few clip values.
 SEARCH = FloatSearch(rounds=1, clips=log_clips(count=16), method=exhaustive())
 FLOATS = {
-    6: {"MinMax": quantize(AnyFloat(6).usual, AnyFloat(6).usual)},
+    6: {"MinMax": quantize(AnyFloat(6).usual, AnyFloat(6).usual), "LLM-FP4": llm_fp4(6, 6, search=SEARCH)},
     4: {
         "MinMax": quantize(AnyFloat(4).usual, AnyFloat(4).usual),
         "FPQ baseline": fpq_baseline(4, 4, search=SEARCH),
