@@ -235,6 +235,7 @@ def test_more_layers_compile_nothing_more():
     assert compilations(2, recipe) == compilations(4, recipe)
 
 
+@pytest.mark.slow
 def test_what_is_compiled_ahead_is_what_is_run(monkeypatch):
     recipe = jaxq.chain(jaxq.smooth_quant(), ALL)
     ahead, committed = compilations(2, recipe), compilations(2, recipe, commit=True)
