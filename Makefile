@@ -27,7 +27,7 @@ format: $(DEV)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .jax_cache .pytest_cache .ruff_cache .hypothesis build dist
 
 $(BIN)/python:
 	@echo "making .venv with $(PYTHON)"

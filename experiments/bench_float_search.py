@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
 from statistics import median
 
 import jax
@@ -20,15 +19,16 @@ import numpy as np
 
 import jaxq
 from jaxq.formats import AnyFloat, fake_quant
-from jaxq.steps import FloatSearch, float_layer
+from jaxq.steps import Exponents, FloatSearch, float_turns
+from jaxq.steps.float_layer import Layer
 from jaxq.steps.float_search import search_grids
-from jaxq.steps.llm_fp4 import _settings
 from jaxq.steps.output_error import output_error, weight_problem
 
 WIDTH, BATCHES, TOKENS = 768, 8, 128
 FORMATS = ((3, 0), (2, 1), (1, 2))
 GAMMAS = [0.01 + i * (1.2 - 0.01) / 100 for i in range(100)]
 FLOAT4 = AnyFloat(4)
+BOTH = Exponents.PRE_SHIFTED, Exponents.POST_SHIFTED
 
 
 def data(batches: int = BATCHES) -> tuple[np.ndarray, np.ndarray]:
@@ -97,17 +97,17 @@ def torch_search(x, w, rounds: int = 3):
 # Ours -----------------------------------------------------------------------------------------------------------------
 
 
-def layer(batches: int = BATCHES) -> float_layer.Layer:
+def layer(batches: int = BATCHES) -> Layer:
     x, w = data(batches)
-    return float_layer.Layer(jnp.asarray(x), jnp.ones(x.shape[:2]), (jnp.asarray(w),), (None,), products=True)
+    return Layer(jnp.asarray(x), jnp.ones(x.shape[:2]), (jnp.asarray(w),), (None,), products=True)
 
 
 WEIGHTS, ACTIVATIONS = jaxq.per_channel(FLOAT4), jaxq.per_tensor(FLOAT4)
 
 
-def ours(search: FloatSearch, given: float_layer.Layer) -> float:
+def ours(search: FloatSearch, given: Layer) -> float:
     """The relative output error of the best turn."""
-    losses = float_layer.alternate(given, WEIGHTS, ACTIVATIONS, _settings(search, magnify=True, absorb=True)).losses
+    losses = float_turns.alternate(given, WEIGHTS, ACTIVATIONS, search, BOTH).losses
     return float(losses.min() / jnp.square(given.x @ given.ws[0].T).sum())
 
 
@@ -174,13 +174,13 @@ def tokens(repeats: int) -> None:
 def memory() -> None:
     """What XLA plans beside arguments and results, in MiB, for a large layer and a small budget."""
     x, w = jnp.zeros((8, 512, 4096)), jnp.zeros((11008, 4096))
-    given = float_layer.Layer(x, jnp.ones(x.shape[:2]), (w,), (None,), products=True)
+    given = Layer(x, jnp.ones(x.shape[:2]), (w,), (None,), products=True)
     for budget in (2**30, 2**28):
-        how = replace(_settings(FloatSearch(tokens=None), magnify=True, absorb=True), budget=budget)
-        start = float_layer._unclipped(FLOAT4, jnp.ones(4096), how)
+        how, (shifted, _) = FloatSearch(tokens=None, budget=budget), BOTH
+        start = float_turns._unclipped(FLOAT4, jnp.ones(4096), shifted)
         ran = {
-            "weights": float_layer._weight.lower(given, w, None, start, WEIGHTS, FLOAT4, how),
-            "activations": float_layer._input.lower(given, (w,), jnp.ones(4096), FLOAT4, how),
+            "weights": float_turns._weight.lower(given, w, None, start, jnp.int32(1), WEIGHTS, FLOAT4, how),
+            "activations": float_turns._input.lower(given, (w,), jnp.ones(4096), FLOAT4, how, shifted),
         }
         for name, lowered in ran.items():
             planned = lowered.compile().memory_analysis().temp_size_in_bytes

@@ -19,6 +19,7 @@ from jaxq.quantizer import (
 from jaxq.search import coarse_to_fine, exhaustive
 from jaxq.sites import SiteRow, Sites, sites
 from jaxq.steps import (
+    Exponents,
     FloatSearch,
     chain,
     fpq_baseline,
@@ -27,6 +28,7 @@ from jaxq.steps import (
     os_plus,
     partition,
     post_shifted_fp4,
+    pre_shifted_fp4,
     quantize,
     skip,
     smooth_quant,
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AnyFloat",
+    "Exponents",
     "Float",
     "FloatSearch",
     "FoldError",
@@ -66,6 +69,7 @@ __all__ = [
     "per_tensor",
     "per_token",
     "post_shifted_fp4",
+    "pre_shifted_fp4",
     "quantize",
     "sites",
     "skip",

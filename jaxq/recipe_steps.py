@@ -44,6 +44,7 @@ from jaxq.steps import (
     os_plus,
     output_error,
     post_shifted_fp4,
+    pre_shifted_fp4,
     quantize,
     skip,
     smooth_quant,
@@ -52,7 +53,12 @@ from jaxq.steps import (
 SEARCHES = {"exhaustive": exhaustive(), "fast": coarse_to_fine()}
 FLOAT_SEARCHES = {"exhaustive": exhaustive(), "fast": FloatSearch().method}
 METRICS = {"output_error": output_error, "cosine": cosine, "diagonal_hessian": diagonal_hessian}
-FLOAT_METHODS = {"llm_fp4": llm_fp4, "post_shifted_fp4": post_shifted_fp4, "fpq_baseline": fpq_baseline}
+FLOAT_METHODS = {
+    "llm_fp4": llm_fp4,
+    "pre_shifted_fp4": pre_shifted_fp4,
+    "post_shifted_fp4": post_shifted_fp4,
+    "fpq_baseline": fpq_baseline,
+}
 PLAIN_METHODS = {"gamma_migration": gamma_migration, "channel_shift": channel_shift, "none": nothing}
 GROUPS = {"norms": fed_by_norm, "foldable": foldable}
 PLAIN_OBSERVERS = {

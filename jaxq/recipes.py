@@ -62,11 +62,12 @@ class PlainMethod(Part):
 
 
 class FloatMethod(Part):
-    """LLM-FP4 with pre-shifted or post-shifted exponent biases, or its baseline without them. `candidates` clip values
+    """LLM-FP4 with pre-shifted or post-shifted exponent biases (the better ones in each group, or only such), or its
+    baseline without them. `candidates` clip values
     from `lowest` to `highest`, fractions of the largest magnitude (None: those of `log_clips` or `linear_clips`); the
     activations' search looks at `tokens` of all tokens (None: at all)."""
 
-    name: Literal["llm_fp4", "post_shifted_fp4", "fpq_baseline"]
+    name: Literal["llm_fp4", "pre_shifted_fp4", "post_shifted_fp4", "fpq_baseline"]
     rounds: PositiveInt = 3
     candidates: PositiveInt = 100
     clips: Literal["log", "linear"] = "log"

@@ -45,9 +45,7 @@ def search(method: Search, candidates: np.ndarray, losses: Losses) -> tuple[int,
       losses: from some of the candidates to their losses, both [m]; called at most a few times.
     """
     found = np.full(len(candidates), np.nan, np.float32)
-    middles = np.arange(min(method.stride, len(candidates)) // 2, len(candidates), method.stride)
-    wanted = np.union1d(0, middles)
-    stride = method.stride
+    wanted, stride = _first_tried(method, len(candidates)), method.stride
     while True:
         wanted = wanted[np.isnan(found[wanted])]
         if len(wanted):
@@ -58,6 +56,11 @@ def search(method: Search, candidates: np.ndarray, losses: Losses) -> tuple[int,
         best = np.argsort(found, kind="stable")[: max(1, method.keep - (stride.bit_length() - 1))]
         near = np.concatenate([best - stride, best + stride])
         wanted = np.unique(near[(near >= 0) & (near < len(candidates))])
+
+
+def _first_tried(method: Search, count: int) -> np.ndarray:
+    middles = np.arange(min(method.stride, count) // 2, count, method.stride)
+    return np.union1d(0, middles)
 
 
 def _first_smallest(losses: np.ndarray) -> int:
@@ -92,8 +95,8 @@ def search_each(
 def coarse(
     method: Search, count: int, sure: int, shape: tuple[int, ...], loss: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """The first part of `search_each`: every `stride`-th candidate's losses, [count, *shape]; infinity elsewhere."""
-    first = np.unique([*range(0, count, method.stride), sure])
+    """The first part of `search_each`: the sparse grid's losses, [count, *shape]; infinity elsewhere."""
+    first = np.union1d(_first_tried(method, count), sure)
     found = jax.lax.map(lambda i: loss(jnp.broadcast_to(i, shape)), jnp.asarray(first, jnp.int32))
     return jnp.full((count, *shape), jnp.inf, jnp.float32).at[first].set(_ordered(found))
 

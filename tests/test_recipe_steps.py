@@ -153,7 +153,7 @@ def test_float_numbers():
     assert spec_of(table, "attention").activations is None
 
 
-@pytest.mark.parametrize("name", ["llm_fp4", "post_shifted_fp4", "fpq_baseline"])
+@pytest.mark.parametrize("name", ["llm_fp4", "pre_shifted_fp4", "post_shifted_fp4", "fpq_baseline"])
 def test_searched_float_numbers(name):
     numbers = {"weights": FLOAT | {"exponent_bits": 3}, "activations": FLOAT, "attention": FLOAT | {"bits": 6}}
     recipe = made(method={"name": name}, embeddings=FLOAT | {"bits": 8}, skip=["lm_head/*"], **numbers)

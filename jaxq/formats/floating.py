@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,15 @@ SMALLEST_NORMAL = -126  # the exponent of float32's; smaller numbers may be flus
 LARGEST_POWER = 127.99999  # float32's largest number is 2**128, nearly
 
 
+class _SignAndMagnitude:
+    """What all floats have in common."""
+
+    symmetric: ClassVar[bool] = True
+    code_dtype: ClassVar[np.dtype] = np.dtype(np.uint8)
+
+
 @dataclass(frozen=True)
-class Float:
+class Float(_SignAndMagnitude):
     """Floats of 3 to 8 bits: a sign, `exponent_bits` E >= 1 and `mantissa_bits` M >= 0, with subnormals.
 
     The elements at scale 1 have IEEE's exponent bias, B = 2**(E - 1) - 1:
@@ -76,21 +83,13 @@ class Float:
         return (k / 2**self.mantissa_bits + (exponent > 0)) * 2.0 ** (max(exponent, 1) - self.bias)
 
     @property
-    def symmetric(self) -> bool:
-        return True
-
-    @property
-    def code_dtype(self) -> np.dtype:
-        return np.dtype(np.uint8)
-
-    @property
     def splits(self) -> tuple[Float, ...]:
         """What a search of the format may choose from: this one."""
         return (self,)
 
 
 @dataclass(frozen=True)
-class AnyFloat:
+class AnyFloat(_SignAndMagnitude):
     """A float of 3 to 8 bits whose split into exponent and mantissa is data: `mantissa` holds the mantissa bits.
 
     So layers of different formats share one compiled function, and stacked layers one array. Without `mantissa` it is
@@ -116,14 +115,6 @@ class AnyFloat:
         or fewer, as in LLM-FP4."""
         widest = 5 if self.bits == 8 else self.bits - 1
         return tuple(Float(e, self.bits - 1 - e) for e in range(widest, 0, -1))
-
-    @property
-    def symmetric(self) -> bool:
-        return True
-
-    @property
-    def code_dtype(self) -> np.dtype:
-        return np.dtype(np.uint8)
 
 
 Kind = Float | AnyFloat

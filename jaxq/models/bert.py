@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxq.models.family import Family
-from jaxq.models.layers import Embedding, activation, attend, padding_bias
+from jaxq.models.layers import MLP, Attention, Embedding, activation, padding_bias
 
 DEFAULTS = {
     "architectures": ["BertModel"],
@@ -62,44 +62,14 @@ def _norm(config: dict, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config["hidden_size"], epsilon=config["layer_norm_eps"], use_fast_variance=False, rngs=rngs)
 
 
-class Attention(nnx.Module):
-    """Multi-head self-attention in both directions, ``[B, T, D] -> [B, T, D]``."""
-
-    def __init__(self, config: dict, rngs: nnx.Rngs):
-        width = config["hidden_size"]
-        self.heads = config["num_attention_heads"]
-        self.q = nnx.Linear(width, width, rngs=rngs)
-        self.k = nnx.Linear(width, width, rngs=rngs)
-        self.v = nnx.Linear(width, width, rngs=rngs)
-        self.out = nnx.Linear(width, width, rngs=rngs)
-
-    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
-        split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
-        q = self.q(x) * (split[-1] ** -0.5)
-        mixed = attend(q.reshape(split), self.k(x).reshape(split), self.v(x).reshape(split), bias)
-        return self.out(mixed.reshape(x.shape))
-
-
-class MLP(nnx.Module):
-    """Two linear layers with an activation function between them, ``[B, T, D] -> [B, T, D]``."""
-
-    def __init__(self, config: dict, rngs: nnx.Rngs):
-        width, inner = config["hidden_size"], config["intermediate_size"]
-        self.activation = activation(config, "hidden_act")
-        self.up = nnx.Linear(width, inner, rngs=rngs)
-        self.down = nnx.Linear(inner, width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.activation(self.up(x)))
-
-
 class Layer(nnx.Module):
     """A block: attention and MLP, each with a residual and a norm after it."""
 
     def __init__(self, config: dict, rngs: nnx.Rngs):
-        self.attn = Attention(config, rngs)
+        self.attn = Attention(config["hidden_size"], config["num_attention_heads"], rngs=rngs)
         self.attn_norm = _norm(config, rngs)
-        self.mlp = MLP(config, rngs)
+        act = activation(config, "hidden_act")
+        self.mlp = MLP(config["hidden_size"], config["intermediate_size"], act, rngs=rngs)
         self.mlp_norm = _norm(config, rngs)
 
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:

@@ -37,6 +37,43 @@ class Embedding(nnx.Module):
         return x @ self.embedding[...].T
 
 
+class Attention(nnx.Module):
+    """Multi-head self-attention, ``[B, T, D] -> [B, T, D]``; ``bias`` as ``causal_bias`` gives it."""
+
+    def __init__(self, width: int, heads: int, *, use_bias: bool = True, rngs: nnx.Rngs):
+        self.heads = heads
+        self.q = nnx.Linear(width, width, use_bias=use_bias, rngs=rngs)
+        self.k = nnx.Linear(width, width, use_bias=use_bias, rngs=rngs)
+        self.v = nnx.Linear(width, width, use_bias=use_bias, rngs=rngs)
+        self.out = nnx.Linear(width, width, use_bias=use_bias, rngs=rngs)
+
+    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+        split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
+        q = self.q(x) * (split[-1] ** -0.5)
+        mixed = attend(q.reshape(split), self.k(x).reshape(split), self.v(x).reshape(split), bias)
+        return self.out(mixed.reshape(x.shape))
+
+
+class MLP(nnx.Module):
+    """Two linear layers with an activation function between them, ``[..., D] -> [..., D]``."""
+
+    def __init__(
+        self,
+        width: int,
+        inner: int,
+        activation: Callable[[jax.Array], jax.Array],
+        *,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        self.up = nnx.Linear(width, inner, use_bias=use_bias, rngs=rngs)
+        self.down = nnx.Linear(inner, width, use_bias=use_bias, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.activation(self.up(x)))
+
+
 def causal_bias(length: int, mask: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     """What is added to the attention scores: 0 where a key may be seen, the most negative number elsewhere.
 

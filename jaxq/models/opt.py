@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxq.models.family import Family
-from jaxq.models.layers import Embedding, activation, attend, causal_bias
+from jaxq.models.layers import MLP, Attention, Embedding, activation, causal_bias
 
 DEFAULTS = {
     "activation_function": "relu",
@@ -53,46 +53,17 @@ def _norm(config: dict, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-class Attention(nnx.Module):
-    """Multi-head causal self-attention, ``[B, T, D] -> [B, T, D]``."""
-
-    def __init__(self, config: dict, rngs: nnx.Rngs):
-        width, bias = config["hidden_size"], config["enable_bias"]
-        self.heads = config["num_attention_heads"]
-        self.q = nnx.Linear(width, width, use_bias=bias, rngs=rngs)
-        self.k = nnx.Linear(width, width, use_bias=bias, rngs=rngs)
-        self.v = nnx.Linear(width, width, use_bias=bias, rngs=rngs)
-        self.out = nnx.Linear(width, width, use_bias=bias, rngs=rngs)
-
-    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
-        split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
-        q = self.q(x) * (split[-1] ** -0.5)
-        mixed = attend(q.reshape(split), self.k(x).reshape(split), self.v(x).reshape(split), bias)
-        return self.out(mixed.reshape(x.shape))
-
-
-class MLP(nnx.Module):
-    """Two linear layers with an activation function between them, ``[B, T, D] -> [B, T, D]``."""
-
-    def __init__(self, config: dict, rngs: nnx.Rngs):
-        width, inner, bias = config["hidden_size"], config["ffn_dim"], config["enable_bias"]
-        self.activation = activation(config, "activation_function")
-        self.up = nnx.Linear(width, inner, use_bias=bias, rngs=rngs)
-        self.down = nnx.Linear(inner, width, use_bias=bias, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.activation(self.up(x)))
-
-
 class Layer(nnx.Module):
     """A block: attention and MLP, each with a residual and a norm before (or, as in OPT-350m, after) it."""
 
     def __init__(self, config: dict, rngs: nnx.Rngs):
+        width, bias = config["hidden_size"], config["enable_bias"]
         self.norm_first = config["do_layer_norm_before"]
         self.attn_norm = _norm(config, rngs)
-        self.attn = Attention(config, rngs)
+        self.attn = Attention(width, config["num_attention_heads"], use_bias=bias, rngs=rngs)
         self.mlp_norm = _norm(config, rngs)
-        self.mlp = MLP(config, rngs)
+        act = activation(config, "activation_function")
+        self.mlp = MLP(width, config["ffn_dim"], act, use_bias=bias, rngs=rngs)
 
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         if self.norm_first:

@@ -2,8 +2,9 @@
 
 from jaxq.steps.compose import chain, nothing, partition, skip
 from jaxq.steps.float_search import Clips, linear_clips, log_clips
+from jaxq.steps.float_turns import Exponents, FloatSearch
 from jaxq.steps.group import Group, Spec, Step, channel_range, transformed
-from jaxq.steps.llm_fp4 import FloatSearch, fpq_baseline, llm_fp4, post_shifted_fp4
+from jaxq.steps.llm_fp4 import fpq_baseline, llm_fp4, post_shifted_fp4, pre_shifted_fp4
 from jaxq.steps.migrate import gamma_migration, smooth_quant
 from jaxq.steps.os_plus import as_the_paper, channel_scale, group_outputs, next_input, os_plus
 from jaxq.steps.output_error import cosine, diagonal_hessian, output_error
@@ -12,6 +13,7 @@ from jaxq.steps.shift import channel_shift, fed_by_norm, foldable, run_time_shif
 
 __all__ = [
     "Clips",
+    "Exponents",
     "FloatSearch",
     "Group",
     "Spec",
@@ -37,6 +39,7 @@ __all__ = [
     "output_error",
     "partition",
     "post_shifted_fp4",
+    "pre_shifted_fp4",
     "quantize",
     "run_time_shift",
     "skip",

@@ -177,9 +177,10 @@ def channel_range(group: Group) -> tuple[jax.Array, jax.Array]:
 def tokens_of(
     x: jax.Array, valid: jax.Array | None, token_axes: tuple[int, ...], x_axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array | None]:
-    """An activation as [1, tokens, features], and which tokens are real."""
+    """An activation as [1, tokens, features], the channels last in the order of `x_axes`; and which tokens are real.
+    Where no axes run over tokens, all but the channels do."""
     axes = token_axes or tuple(i for i in range(x.ndim) if i not in x_axes)
-    rest = [i for i in range(x.ndim) if i not in axes]
+    rest = [i for i in range(x.ndim) if i not in (*axes, *x_axes)] + [i for i in x_axes if i not in axes]
     count = 1
     for i in axes:
         count *= x.shape[i]

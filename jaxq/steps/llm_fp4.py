@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,35 +15,12 @@ from jaxq.formats.floating import power_of_two
 from jaxq.program.groups import GroupPlan
 from jaxq.qtensor import Grid, PerChannel, PerGroup, PerTensor, QTensor, is_qtensor, quantize_array
 from jaxq.quantizer import Quantizer, in_leaf
-from jaxq.search import Search, coarse_to_fine
-from jaxq.steps.float_layer import Input, Settings, alternate, input_of, layer_of, own_error
-from jaxq.steps.float_search import Candidates, Found, log_clips
+from jaxq.steps.float_layer import input_of, layer_of
+from jaxq.steps.float_search import Found
+from jaxq.steps.float_turns import Exponents, FloatSearch, Input, alternate, own_error
 from jaxq.steps.group import Group, Spec, Step, encoded, transformed, weight_spread
-from jaxq.steps.output_error import Metric, output_error
 
 Numbers = int | Float | AnyFloat | Quantizer | None
-
-
-@dataclass(frozen=True)
-class FloatSearch:
-    """How formats and clip ranges are searched.
-
-    Attributes:
-      rounds: how often weights and activations take turns, at most; they stop when nothing changes any more.
-      clips: the clip values that are tried.
-      method: `exhaustive()` or `coarse_to_fine()`.
-      metric: `output_error`, `cosine` or `diagonal_hessian`.
-      tokens: how many tokens, evenly spaced, the activations' search looks at (their ranges and the weights' search see
-        all of them); None is all.
-      budget: bytes that it may take beside the layer's own arrays.
-    """
-
-    rounds: int = 3
-    clips: Candidates = log_clips()
-    method: Search = coarse_to_fine(stride=8, keep=4)
-    metric: Metric = output_error
-    tokens: int | None = 512
-    budget: int = 2**30
 
 
 def llm_fp4(
@@ -51,12 +29,18 @@ def llm_fp4(
     embeddings: Numbers = None,
     attention: Numbers = None,
     search: FloatSearch = FloatSearch(),
+    exponents: Sequence[Exponents] = (Exponents.PRE_SHIFTED, Exponents.POST_SHIFTED),
 ) -> Step:
-    """FPQ: the joint search, with pre-shifted exponent biases (LLM-FP4, section 4).
+    """FPQ: the joint search, with exponent biases shifted from the activations to the weights (LLM-FP4, section 4).
 
     Each channel of an activation has an exponent bias of its own, of which an integer k in [0, 2**E - 1] remains beside
-    the tensor's: the channel is magnified by 2**k before it is quantized, and the weights that read it absorb 2**-k
-    *before* they are quantized. It is an equivalent transform that is exact in floating point, and folds like any.
+    the tensor's: the channel is magnified by 2**k before it is quantized, and the weights that read it take 2**-k. It
+    is an equivalent transform that is exact in floating point, and folds like any.
+
+    In the paper the weights absorb 2**-k *before* they are quantized: pre-shifted. Where a few channels are loud their
+    weights then dominate each row's range. What the published code simulates has no such problem: weights quantized as
+    they are, whose codes keep the exponent -k beside them, one for each input channel: post-shifted. Neither is better
+    everywhere, so that each group has the one with which its outputs' error is less.
 
     Args:
       weights: of contractions with a parameter: how many bits, with the format searched; a `Float`, with the clip range
@@ -66,43 +50,14 @@ def llm_fp4(
       embeddings: tables that are looked up, one grid a row.
       attention: both operands of contractions of two activations. None, as in the paper: full precision.
       search: how.
+      exponents: what is tried, one or several; where no error of the outputs can be told (convolutions, experts) the
+        first. `pre_shifted_fp4`, `post_shifted_fp4` and `fpq_baseline` are this step with one of each kind.
+
+    Raises:
+      ValueError: no exponents, a format that is no float, or a granularity that is not searched.
     """
-    return _step(weights, activations, embeddings, attention, _settings(search, magnify=True, absorb=True))
-
-
-def post_shifted_fp4(
-    weights: Numbers = 4,
-    activations: Numbers = 4,
-    embeddings: Numbers = None,
-    attention: Numbers = None,
-    search: FloatSearch = FloatSearch(),
-) -> Step:
-    """As `llm_fp4`, but the weights are quantized as they are and their codes keep the exponent -k beside them, one for
-    each input channel. It is what the published code simulates. Arguments as for `llm_fp4`."""
-    return _step(weights, activations, embeddings, attention, _settings(search, magnify=True, absorb=False))
-
-
-def fpq_baseline(
-    weights: Numbers = 4,
-    activations: Numbers = 4,
-    embeddings: Numbers = None,
-    attention: Numbers = None,
-    search: FloatSearch = FloatSearch(),
-) -> Step:
-    """The joint search alone (LLM-FP4, section 4.1): one exponent bias for the whole activation. Arguments as for
-    `llm_fp4`."""
-    return _step(weights, activations, embeddings, attention, _settings(search, magnify=False, absorb=False))
-
-
-def _settings(search: FloatSearch, magnify: bool, absorb: bool) -> Settings:
-    if search.rounds < 1:
-        raise ValueError(f"FloatSearch: rounds is {search.rounds}; at least one is needed")
-    return Settings(
-        search.clips, search.method, search.metric, search.budget, search.rounds, search.tokens, magnify, absorb
-    )
-
-
-def _step(weights: Numbers, activations: Numbers, embeddings: Numbers, attention: Numbers, how: Settings) -> Step:
+    if not exponents:
+        raise ValueError("llm_fp4: no exponents to try; give at least one, Exponents.NONE for no exponents")
     usual = _described("weights", weights, PerChannel()), _described("activations", activations, PerTensor())
     by_kind = {
         "attention": (None, _described("attention", attention, PerTensor())),
@@ -115,12 +70,18 @@ def _step(weights: Numbers, activations: Numbers, embeddings: Numbers, attention
 
     def apply(group: Group) -> Group:
         if group.plan.kind == "lookup":
-            return _table(group, how)
+            return _table(group, search)
         if group.plan.kind == "attention":
-            return _operand(group, how)
-        return _contraction(group, how)
+            return _operand(group, search)
+        return _contraction(group, search, exponents)
 
     return Step(plan, apply)
+
+
+# The paper's, the published code's, and the paper's baseline (section 4.1): one exponent bias for the whole activation.
+pre_shifted_fp4 = partial(llm_fp4, exponents=(Exponents.PRE_SHIFTED,))
+post_shifted_fp4 = partial(llm_fp4, exponents=(Exponents.POST_SHIFTED,))
+fpq_baseline = partial(llm_fp4, exponents=(Exponents.NONE,))
 
 
 def _described(name: str, what: Numbers, granularity: PerChannel | PerTensor) -> Quantizer | None:
@@ -139,32 +100,38 @@ def _described(name: str, what: Numbers, granularity: PerChannel | PerTensor) ->
     return quantizer
 
 
-def _contraction(group: Group, how: Settings) -> Group:
+def _contraction(group: Group, how: FloatSearch, tried: Sequence[Exponents]) -> Group:
     """A group of contractions with parameters."""
     w, x = group.spec.weights, group.spec.activations
     free = [m for m in group.plan.members if not is_qtensor(group.weights[m.site.path])]
     if (w is None and x is None) or not free:
         return group
-    layer = layer_of(group, free)
-    found = alternate(layer, w, x, replace(how, magnify=how.magnify and x is not None and group.can_scale()))
-    exponents = found.input.exponents if found.input is not None else None
-    moved = group.noted(losses=found.losses)
-    if exponents is not None and np.asarray(exponents).any():
-        moved = transformed(moved, scale=power_of_two(-exponents).reshape(group.channels))
-    if found.input is not None and x is not None:
-        ndim = group.x[0].ndim
-        moved = replace(moved, grid=_grid(x, found.input.scale.reshape((1,) * ndim), found.input.mantissa, ndim))
+    able = x is not None and group.can_scale()
+    found = alternate(layer_of(group, free), w, x, how, tried if able else (Exponents.NONE,))
+    done = _with_input(group.noted(losses=found.losses), found.input)
     if w is None:
-        return moved
+        return done
+    kept = found.exponents is Exponents.POST_SHIFTED and done.scale is not group.scale
     codes = {}
     for member, own in zip(free, found.weights, strict=True):
         path, axes = member.site.path, member.site.leaf_axes
-        leaf = moved.weights[path] if how.absorb else group.weights[path]
-        codes[path] = _coded(leaf, w, own, axes)
-        if exponents is not None and not how.absorb and np.asarray(exponents).any():
-            spread = weight_spread(member, -exponents.reshape(group.channels))
+        codes[path] = _coded((group if kept else done).weights[path], w, own, axes)
+        if kept:
+            assert found.input is not None
+            spread = weight_spread(member, -found.input.exponents.reshape(group.channels))
             codes[path] = replace(codes[path], exponents=spread.astype(jnp.int8))
-    return encoded(moved, codes)
+    return encoded(done, codes)
+
+
+def _with_input(group: Group, found: Input | None) -> Group:
+    """The group with its channels magnified, and the grid of what they are then."""
+    quantizer = group.spec.activations
+    if found is None or quantizer is None:
+        return group
+    if np.asarray(found.exponents).any():
+        group = transformed(group, scale=power_of_two(-found.exponents).reshape(group.channels))
+    ndim = group.x[0].ndim
+    return replace(group, grid=_grid(quantizer, found.scale.reshape((1,) * ndim), found.mantissa, ndim))
 
 
 @partial(jax.jit, static_argnums=(1, 3))
@@ -178,7 +145,7 @@ def _grid(quantizer: Quantizer, scale: jax.Array, mantissa: jax.Array, ndim: int
     return Grid(scale, mantissa=mantissa.astype(jnp.int8).reshape((1,) * ndim) if searched else None)
 
 
-def _table(group: Group, how: Settings) -> Group:
+def _table(group: Group, how: FloatSearch) -> Group:
     """A table: the squared error of its rows, one format for all of them."""
     quantizer = group.spec.weights
     codes = {}
@@ -190,12 +157,9 @@ def _table(group: Group, how: Settings) -> Group:
     return encoded(group, codes)
 
 
-def _operand(group: Group, how: Settings) -> Group:
+def _operand(group: Group, how: FloatSearch) -> Group:
     """An operand of attention: the squared error of the operand itself."""
     quantizer = group.spec.activations
     if quantizer is None:
         return group
-    found = alternate(input_of(group), None, quantizer, replace(how, magnify=False)).input
-    assert isinstance(found, Input)
-    ndim = group.x[0].ndim
-    return replace(group, grid=_grid(quantizer, found.scale.reshape((1,) * ndim), found.mantissa, ndim))
+    return _with_input(group, alternate(input_of(group), None, quantizer, how, (Exponents.NONE,)).input)
