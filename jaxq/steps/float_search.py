@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import jax
@@ -77,15 +76,18 @@ def _with_one(ratios: np.ndarray) -> Clips:
 
 
 class Found(NamedTuple):
-    """The best of each row's grids, [blocks, rows, 1], or [1, 1, 1] where one is shared; its format's mantissa bits;
-    and for each format the losses summed over all that it decides, [formats]."""
+    """The best of each row's grids, [blocks, rows, 1], or [1, 1, 1] where one is shared; its format's mantissa bits,
+    [1, 1, 1]; and the loss summed over all rows."""
 
     scale: jax.Array
     mantissa: jax.Array
-    losses: jax.Array
+    loss: jax.Array
 
 
 Spread = Callable[[jax.Array, jax.Array], jax.Array]
+
+# The rows that choose a format for all, where a search is not exhaustive: formats differ by more than so many rows do.
+DECIDING = 128
 
 
 def search_grids(
@@ -100,7 +102,7 @@ def search_grids(
 ) -> Found:
     """The best format and scales for the vectors of a problem; one format for all of them.
 
-    A coarse search tries all formats, and refines the best one only.
+    A coarse search tries all formats on some of the rows, and refines the best one on all rows.
 
     Args:
       fmt: `AnyFloat` tries all its splits, `Float` is the only one.
@@ -110,28 +112,37 @@ def search_grids(
       spread: from a shared scale and the mantissa bits to what multiplies it in each channel, [1, 1, n].
     """
     mantissas = jnp.asarray([split.mantissa_bits for split in fmt.splits], jnp.int32).reshape(-1, 1, 1, 1)
-    parts = _parts(problem.v.size * 4, budget)
     width = jnp.where(problem.real[:, None] > 0, jnp.abs(problem.v), 0)
     width = width.max(keepdims=True) if shared else width.max(2, keepdims=True)
-    shape = () if shared else width.shape[:2]
 
-    def scale_at(i: jax.Array, mantissa: jax.Array) -> jax.Array:
+    def scale_at(i: jax.Array, width: jax.Array, mantissa: jax.Array) -> jax.Array:
         return candidates.at(i.reshape(width.shape), scale_from_width(fmt, width, mantissa), mantissa)
 
-    def loss(mantissa: jax.Array, i: jax.Array) -> jax.Array:
-        scale = scale_at(i, mantissa)
-        found = priced(problem, fmt, scale * spread(scale, mantissa), mantissa, metric, parts)
-        return (found * problem.real[None]).sum() if shared else found
+    def sparse(rows: slice, mantissa: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+        """The sparse grid's losses of a format on some of the rows, and how others are found."""
+        some, widths = _rows(problem, rows), width if shared else width[:, rows]
+        parts = _parts(some.v.size * 4, budget)
 
-    def of_format(mantissa: jax.Array) -> jax.Array:
-        return coarse(method, candidates.count, candidates.whole, shape, partial(loss, mantissa))
+        def loss(i: jax.Array) -> jax.Array:
+            scale = scale_at(i, widths, mantissa)
+            found = priced(some, fmt, scale * spread(scale, mantissa), mantissa, metric, parts)
+            return (found * some.real[None]).sum() if shared else found
 
-    tables = jax.lax.map(of_format, mantissas)
-    totals = tables.min(1).reshape(len(mantissas), -1).sum(1)
-    best = totals.argmin()
-    mantissa = mantissas[best]
-    i, losses = best_of(refine(method, tables[best], partial(loss, mantissa)))
-    return Found(scale_at(i, mantissa), mantissa, totals.at[best].set(losses.sum()))
+        shape = () if shared else widths.shape[:2]
+        return coarse(method, candidates.count, candidates.whole, shape, loss), loss
+
+    every = 1 if method.stride == 1 else max(1, len(problem.real) // DECIDING)
+    mantissa = mantissas[0]
+    if len(mantissas) > 1:
+        tables = jax.lax.map(lambda m: sparse(slice(None, None, every), m)[0], mantissas)
+        mantissa = mantissas[tables.min(1).reshape(len(mantissas), -1).sum(1).argmin()]
+    i, losses = best_of(refine(method, *sparse(slice(None), mantissa)))
+    return Found(scale_at(i, width, mantissa), mantissa, losses.sum())
+
+
+def _rows(problem: Problem, rows: slice) -> Problem:
+    gradient = None if problem.gradient is None else problem.gradient[:, rows]
+    return Problem(problem.v[:, rows], problem.hessian, gradient, problem.energy[:, rows], problem.real[rows])
 
 
 # Arrays of the size of the vectors: that live through the whole search (the problem and the result), and that pricing

@@ -12,7 +12,7 @@ import pytest
 from jaxq.formats import AnyFloat, Float, fake_quant
 from jaxq.search import Search, coarse_to_fine, exhaustive
 from jaxq.steps import Clips, linear_clips, log_clips
-from jaxq.steps.float_search import channel_exponents, magnified, search_grids
+from jaxq.steps.float_search import DECIDING, channel_exponents, magnified, search_grids
 from jaxq.steps.output_error import Problem, activation_problem, cosine, diagonal_hessian, output_error, weight_problem
 
 ROWS, IN = 6, 16
@@ -20,10 +20,10 @@ CLIPS = log_clips(0.5, 2.0, 60)
 NO_LIMIT = 2**30
 
 
-def problem_of(seed: int, tokens: int = 24, blocks: int = 1) -> Problem:
+def problem_of(seed: int, tokens: int = 24, blocks: int = 1, rows: int = ROWS) -> Problem:
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(1, tokens, IN)) * np.exp(rng.normal(size=IN)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(ROWS, IN)) * np.exp(rng.normal(size=(ROWS, 1))), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(rows, IN)) * np.exp(rng.normal(size=(rows, 1))), jnp.float32)
     return weight_problem(w, x, jnp.ones((1, tokens)), lambda a: jnp.rint(2 * a) / 2, blocks)
 
 
@@ -48,7 +48,7 @@ def test_the_best_of_all_formats_and_clip_values(shared: bool) -> None:
             for r in np.float32(CLIPS.ratios)
         ])  # fmt: skip
         best.append(table.sum(1).min() if shared else table.min(0).sum())
-    np.testing.assert_allclose(found.losses, best, rtol=1e-3)
+    np.testing.assert_allclose(found.loss, min(best), rtol=1e-3)
     assert found.mantissa.item() == fmt.splits[int(np.argmin(best))].mantissa_bits
     assert found.scale.shape == ((1, 1, 1) if shared else (1, ROWS, 1))
     np.testing.assert_allclose(loss_at(problem, fmt, found), min(best), rtol=1e-3)
@@ -60,7 +60,7 @@ def test_the_fast_search_is_near_the_exhaustive_one_and_no_worse_than_no_clippin
     problems, fmt = jax.tree.map(lambda *a: jnp.stack(a), *map(problem_of, range(8))), Float(2, 1)
 
     def losses(clips: Clips, how: Search) -> jax.Array:
-        search = lambda p: search_grids(p, fmt, clips, how, output_error, shared, NO_LIMIT).losses[0]  # noqa: E731
+        search = lambda p: search_grids(p, fmt, clips, how, output_error, shared, NO_LIMIT).loss  # noqa: E731
         return jax.jit(jax.vmap(search))(problems)
 
     full, fast = losses(CLIPS, exhaustive()), losses(CLIPS, coarse_to_fine(stride=4, keep=4))
@@ -69,6 +69,18 @@ def test_the_fast_search_is_near_the_exhaustive_one_and_no_worse_than_no_clippin
     constant = problems.energy.sum((1, 2)) * 0.005  # the part of the error that is the input's
     ratios = (fast + constant) / (full + constant)
     assert ratios.max() < 1.15 and ratios.mean() < 1.03
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["by_row", "shared"])
+def test_some_of_many_rows_choose_the_format(shared: bool) -> None:
+    problem, fmt = problem_of(5, rows=2 * DECIDING), AnyFloat(4)
+    full, fast = (
+        found_by(problem, fmt, CLIPS, how, output_error, shared, NO_LIMIT)
+        for how in (exhaustive(), coarse_to_fine(4, 4))
+    )
+    assert full.mantissa == fast.mantissa
+    np.testing.assert_allclose(fast.loss, loss_at(problem, fmt, fast), rtol=1e-3)
+    assert full.loss <= fast.loss < 1.05 * full.loss
 
 
 @pytest.mark.parametrize("metric", [output_error, cosine, diagonal_hessian])
@@ -92,7 +104,7 @@ def test_a_small_budget_changes_nothing(shared: bool, blocks: int) -> None:
     )
     np.testing.assert_array_equal(whole.scale, parts.scale)
     np.testing.assert_array_equal(whole.mantissa, parts.mantissa)
-    np.testing.assert_allclose(whole.losses, parts.losses, rtol=1e-4)
+    np.testing.assert_allclose(whole.loss, parts.loss, rtol=1e-4)
 
 
 def test_a_small_budget_with_padding() -> None:
@@ -106,7 +118,7 @@ def test_a_small_budget_with_padding() -> None:
         for a, r, budget in ((x[real > 0], jnp.ones(5), NO_LIMIT), (wild, real, 3 * IN * 24))
     )
     np.testing.assert_array_equal(few.scale, all_parts.scale)
-    np.testing.assert_allclose(few.losses, all_parts.losses, rtol=1e-4)
+    np.testing.assert_allclose(few.loss, all_parts.loss, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("tokens", "power"), [(1, 0), (24, 11), (24, -13)])
@@ -120,7 +132,7 @@ def test_scaling_weights_by_a_power_of_two_scales_the_result(tokens: int, power:
     )
     np.testing.assert_array_equal(one.scale * factor, other.scale)
     np.testing.assert_array_equal(one.mantissa, other.mantissa)
-    np.testing.assert_array_equal(one.losses * factor**2, other.losses)
+    np.testing.assert_array_equal(one.loss * factor**2, other.loss)
 
 
 def test_zeros_are_on_every_grid() -> None:
@@ -136,7 +148,7 @@ def test_zeros_are_on_every_grid() -> None:
     )
     for found in (some, none):
         assert np.isfinite(found.scale).all() and (np.asarray(found.scale) > 0).all()
-        assert np.isfinite(found.losses).all()
+        assert np.isfinite(found.loss).all()
     assert some.mantissa == others.mantissa
     np.testing.assert_array_equal(np.asarray(some.scale)[0, rest], others.scale[0])
     assert not fake_quant(fmt, zero.v, some.scale, None, some.mantissa)[0, 2].any()
