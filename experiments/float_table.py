@@ -4,7 +4,8 @@
     python experiments/float_table.py MODEL --calibration STS-TRAIN.csv --sts STS-DEV.csv
 
 Weights per output channel, activations per tensor (both static), the head in full precision, embeddings too but in the
-row that says so. "+ FPQ" is LLM-FP4's joint search with pre-shifted exponents, after the step that is named.
+row that says so. "+ FPQ" is LLM-FP4's joint search, pre- or post-shifted as is better for each group, after the step
+that is named.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def methods(w: int, x: int) -> dict[str, Step]:
         "MinMax FP": min_max(USUAL[w], USUAL[x]),
         "FPQ baseline": jaxq.fpq_baseline(w, x),
         "FPQ": fpq,
+        "FPQ pre-shifted": jaxq.pre_shifted_fp4(w, x),
         "FPQ post-shifted": jaxq.post_shifted_fp4(w, x),
     }
     if (w, x) != (4, 4):

@@ -69,20 +69,27 @@ def evaluate(
     sts: Annotated[
         Path | None, typer.Option(help="CSV file, sentence,sentence,score, to measure an encoder on.")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Tasks of lm-evaluation-harness, or .jsonl files, with commas between them."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many items of each task.")] = None,
     length: Length = 512,
     batch_size: BatchSize = 8,
     json: Json = None,
 ) -> None:
-    """Measure a model, quantized or not: perplexity, or how well it ranks pairs of sentences by similarity."""
-    from jaxq.cli.evaluating import perplexity_command, sts_command
+    """Measure a model, quantized or not, in one of the ways below."""
+    from jaxq.cli.evaluating import perplexity_command, sts_command, tasks_command
 
     assert length is not None and batch_size is not None
-    if (perplexity is None) == (sts is None):
-        raise ValueError("give either --perplexity FILE or --sts FILE")
+    if sum(what is not None for what in (perplexity, sts, tasks)) != 1:
+        raise ValueError("give one of --perplexity FILE, --sts FILE and --tasks LIST")
     if perplexity is not None:
         perplexity_command(model, perplexity, length, batch_size, json)
     elif sts is not None:
         sts_command(model, sts, length, batch_size, json)
+    elif tasks is not None:
+        tasks_command(model, [name.strip() for name in tasks.split(",")], limit, batch_size, json)
 
 
 @app.command()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from jaxq.models import load
 from jaxq.report import console, table
 from jaxq.saved import load_model
 from jaxq.sites import WIDTH, sites
+
+LONGEST = 2048  # tokens that a task's item may have, where a model's positions have no end
 
 
 def perplexity_command(name: str, text: Path, length: int, batch_size: int, out: Path | None) -> None:
@@ -43,6 +47,31 @@ def sts_command(name: str, pairs: Path, length: int, batch_size: int, out: Path 
     row = (name, result.spearman, result.pairs, round(result.seconds, 1))
     console().print(table(f"similarity on {pairs}", ["model", "Spearman", "pairs", "seconds"], [row]))
     _write(out, {"model": name, "sts": str(pairs), "length": length, **asdict(result)})
+
+
+def tasks_command(name: str, tasks: list[str], limit: int | None, batch_size: int, out: Path | None) -> None:
+    try:
+        from jaxq.evaluate.harness import HarnessModel, run_tasks
+    except ModuleNotFoundError as error:
+        raise ValueError(f'--tasks needs lm-evaluation-harness (no {error.name}): pip install "jaxq[eval]"') from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it says much about its defaults
+    model, quantized = load_model(name)
+    if not model.causal:
+        raise ValueError(f"{name} is an encoder; tasks are for language models")
+    context = within_context(model, model.config.get("max_position_embeddings") or LONGEST)
+    show = console().is_terminal
+    harness = HarnessModel(execute(model.forward), quantized, model.tokenizer, context, batch_size, show)
+    start = time.perf_counter()
+    results = run_tasks(harness, tasks, limit)
+    found = {
+        task: {k.split(",")[0]: v for k, v in of.items() if "," in k and isinstance(v, float | int)}
+        for task, of in results.items()
+    }
+    rows = [
+        (task, metric, value, results[task]["sample_len"]) for task, of in found.items() for metric, value in of.items()
+    ]
+    console().print(table(f"tasks, {name}", ["task", "metric", "value", "items"], rows))
+    _write(out, {"model": name, "tasks": found, "limit": limit, "seconds": time.perf_counter() - start})
 
 
 def sites_command(name: str, out: Path | None) -> None:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
+from jaxq.evaluate.batches import on_device
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -40,7 +42,7 @@ def perplexity(
     batch_size = min(batch_size, len(windows))
     count = jax.jit(_window_losses, static_argnums=0)
     started, total = time.perf_counter(), 0.0
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
+    params = on_device(params)
     for begin in track(range(0, len(windows), batch_size), description="perplexity", disable=not progress):
         batch = windows[begin : begin + batch_size]
         rows = np.minimum(np.arange(batch_size), len(batch) - 1)

@@ -3,7 +3,7 @@
 import csv
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
+from jaxq.evaluate.batches import by_width, on_device
 from jaxq.evaluate.text import pad
 from jaxq.models import sentence_embedding
-
-SHORTEST = 16  # rows of tokens are 16, 32, 64, ... long, so that few shapes are compiled
 
 Row = tuple[str, str, float]
 
@@ -105,12 +104,11 @@ def embed(
     """
     tokens, mask = pad(sentences, tokenizer, length)
     run = jax.jit(_embed, static_argnums=0)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
-    batches = list(_batches(mask.sum(axis=1), batch_size, length))
+    params = on_device(params)
+    batches = list(by_width(mask.sum(axis=1), batch_size, length))
     result: dict[int, np.ndarray] = {}
     for rows, width in track(batches, description="sentences", disable=not progress):
-        filled = rows[np.minimum(np.arange(batch_size), len(rows) - 1)]  # the last batch, with copies
-        vectors = run(forward, params, _cut(tokens[filled], width), _cut(mask[filled], width))
+        vectors = run(forward, params, _cut(tokens[rows], width), _cut(mask[rows], width))
         result.update(zip(rows.tolist(), np.asarray(vectors)))
     found = np.stack([result[i] for i in range(len(sentences))])
     if not math.isfinite(found.sum()):
@@ -118,15 +116,6 @@ def embed(
             "the sentences' vectors are not finite: the weights, or the tokenizer, are not the model's own"
         )
     return found
-
-
-def _batches(sizes: np.ndarray, batch_size: int, length: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Rows of about the same size, at most `batch_size` of them, and the width that they all fit in."""
-    below, width = -1, min(SHORTEST, length)
-    while below < sizes.max():
-        rows = np.flatnonzero((sizes > below) & (sizes <= width))
-        yield from ((rows[i : i + batch_size], width) for i in range(0, len(rows), batch_size))
-        below, width = width, min(2 * width, length)
 
 
 def _cut(rows: np.ndarray, width: int) -> np.ndarray:

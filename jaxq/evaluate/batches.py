@@ -1,0 +1,31 @@
+"""Rows of different lengths in batches of few shapes, so that little is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SHORTEST = 16  # rows are 16, 32, 64, ... long
+
+
+def by_width(sizes: np.ndarray, batch_size: int, longest: int) -> Iterator[tuple[np.ndarray, int]]:
+    """The indices of rows of about the same size, int `[batch_size]`, and the width that they all fit in.
+
+    A batch that is not full is filled up with copies of its last row. Widths double from `SHORTEST` to `longest`.
+    """
+    below, width = -1, min(SHORTEST, longest)
+    while below < sizes.max(initial=-1):
+        rows = np.flatnonzero((sizes > below) & (sizes <= width))
+        for i in range(0, len(rows), batch_size):
+            some = rows[i : i + batch_size]
+            yield some[np.minimum(np.arange(batch_size), len(some) - 1)], width
+        below, width = width, min(2 * width, longest)
+
+
+def on_device(params: Any) -> Any:
+    """Parameters that may be memory-mapped files as arrays of JAX, so that they are not copied at every call."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
