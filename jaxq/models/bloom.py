@@ -49,7 +49,7 @@ def slopes(heads: int) -> np.ndarray:
 
 
 def alibi(heads: int, length: int, mask: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """What ALiBi adds to the scores of a key, ``[1 or B, heads, 1, T]``: its slope times its place among real tokens."""
+    """What ALiBi adds to the scores of a key, ``[1 or B, heads, 1, T]``: its slope times its number among real ones."""
     real = jnp.ones((1, length), jnp.int32) if mask is None else mask.astype(jnp.int32)
     places = ((jnp.cumsum(real, axis=1) - 1) * real).astype(jnp.float32)
     return (jnp.asarray(slopes(heads), jnp.float32)[None, :, None, None] * places[:, None, None, :]).astype(dtype)

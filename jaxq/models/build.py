@@ -92,8 +92,8 @@ def _module(config: Mapping[str, Any], source: str) -> Callable[[nnx.Rngs], nnx.
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
         raise ValueError(
-            f"{source}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}. Any "
-            'other model can be quantized as a function of its parameters: "Your own model" in README.md'
+            f"{source}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}. "
+            'Any other model can be quantized as a function of its parameters: "Your own model" in README.md'
         )
     return lambda rngs: family.network(dict(config), rngs=rngs)
 

@@ -37,6 +37,7 @@ CHECKPOINT_NAMES = {
     "lm_head": "lm_head",
 }
 
+
 def full_name(tensor: str) -> str:
     """With the prefix that the checkpoint of a bare decoder lacks."""
     return tensor if tensor.startswith("lm_head.") else "model." + tensor.removeprefix("model.")
