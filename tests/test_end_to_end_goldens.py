@@ -78,8 +78,8 @@ class Replay:
 
     def check_choice(self, group: Group, losses: np.ndarray, best: int, theirs: int) -> None:
         # Per tensor, the published search has one grid for q, k and v stacked, the published model one for each, as
-        # jaxq has throughout: the losses of the two differ, by more than the choice matters. BLOOM's fused projection it
-        # splits in the wrong places (B2): it chose for another objective.
+        # jaxq has throughout: the losses of the two differ, by more than the choice matters. BLOOM's fused projection
+        # it splits in the wrong places (B2): it chose for another objective.
         stacked = isinstance(group.spec.weights.granularity, PerTensor) and len(group.plan.members) > 1
         other = stacked or group.plan.name.endswith("qkv/kernel")
         assert losses[theirs] <= losses[best] * (1.3 if other else 1 + 2e-3)
