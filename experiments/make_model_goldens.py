@@ -16,11 +16,19 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    BloomConfig,
+    BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
@@ -45,6 +53,14 @@ LLAMA = {
     "num_hidden_layers": 2,
     "max_position_embeddings": 16,
 }
+ROPE = {"rope_theta": 100.0, "factor": 4.0}
+LLAMA3 = ROPE | {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 24, "n_head": 3, "n_layer": 2}
 BERT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 24,
@@ -62,6 +78,12 @@ def models() -> dict[str, PreTrainedModel]:
         "opt-post-norm": OPTForCausalLM(OPTConfig(**OPT, do_layer_norm_before=False, word_embed_proj_dim=16)),
         "llama": LlamaForCausalLM(LlamaConfig(**LLAMA)),
         "llama-sharded": LlamaForCausalLM(LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True)),
+        "llama-rope-linear": LlamaForCausalLM(LlamaConfig(**LLAMA, rope_parameters={"rope_type": "linear", **ROPE})),
+        "llama-rope-llama3": LlamaForCausalLM(LlamaConfig(**LLAMA, rope_parameters=LLAMA3)),
+        "mistral": MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=4)),
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**LLAMA)),
+        "qwen3": Qwen3ForCausalLM(Qwen3Config(**LLAMA)),
+        "bloom": BloomForCausalLM(BloomConfig(**BLOOM)),
         "bert": BertModel(BertConfig(**BERT)),
         "bert-classifier": BertForSequenceClassification(BertConfig(**BERT)),
         "bert-masked-lm": BertForMaskedLM(BertConfig(**BERT)),

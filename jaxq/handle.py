@@ -151,7 +151,13 @@ def _check_finite(group: Group) -> None:
 
 
 def _fold(place: Place, plan: GroupPlan, whole: Transform) -> tuple[Transform, float]:
-    """Writes a transform into the producer and proves it: the producer, run again, gives the transformed activation."""
+    """Writes a transform into the producer and proves it: the producer, run again, gives the transformed activation.
+
+    Where quantized attention is on the way, all of it stays at run time: the grids of what attention reads were found
+    before, for values without it.
+    """
+    if any(g.start in plan.fold.mixed and place.walk.spec(g).activations for g in place.layout.groups):
+        return whole, 0.0
     changed, rest = absorb(plan, place.leaves.current, whole)
     if not changed:
         return rest, 0.0

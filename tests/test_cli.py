@@ -344,7 +344,12 @@ def test_a_killed_calibration_is_resumed(opt, text, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, recipe, limit",
-    [("llama-stories260k", "os_plus-w8a8-llama", 1.02), ("opt-tinystories-trained-here", "os_plus-w8a8", 1.02)],
+    [
+        ("llama-stories260k", "os_plus-w8a8-llama", 1.02),
+        ("opt-tinystories-trained-here", "os_plus-w8a8", 1.02),
+        ("bloom-tinystories-trained-here", "os_plus-w8a8", 1.02),
+        ("bloom-tinystories-trained-here", "os_plus-w6a6-clip985", 1.02),
+    ],
 )
 def test_real_models(name, recipe, limit, tmp_path):
     model, data = SHARED / "models" / name, SHARED / "data/text"

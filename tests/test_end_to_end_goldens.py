@@ -31,10 +31,12 @@ OPT = {"model_type": "opt", "hidden_size": 48, "num_attention_heads": 4, "num_hi
 LLAMA = {"model_type": "llama", "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4,
          "num_hidden_layers": 2, "intermediate_size": 80, "vocab_size": 160, "max_position_embeddings": 64,
          "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}  # fmt: skip
+BLOOM = {"model_type": "bloom", "hidden_size": 48, "n_head": 4, "n_layer": 2, "vocab_size": 160}
 
 TENSOR8 = per_tensor(jaxq.Int(8), average_min_max())
 CASES = {
     "e2e_opt_int8": (OPT, quantize(per_tensor(jaxq.Int(8)), TENSOR8, attention=TENSOR8)),
+    "e2e_bloom_int8": (BLOOM, quantize(per_tensor(jaxq.Int(8)), TENSOR8, attention=TENSOR8)),
     "e2e_opt_int5_token": (OPT, quantize(per_channel(jaxq.Int(5, False)), per_token(jaxq.Int(5, False)))),
     "e2e_opt_int4_group16": (OPT, quantize(per_group(jaxq.Int(4, False), 16), per_group(jaxq.Int(4, False), 16))),
     "e2e_llama_int4_token": (LLAMA, quantize(per_channel(jaxq.Int(4, False)), per_token(jaxq.Int(4, False)))),
@@ -76,9 +78,11 @@ class Replay:
 
     def check_choice(self, group: Group, losses: np.ndarray, best: int, theirs: int) -> None:
         # Per tensor, the published search has one grid for q, k and v stacked, the published model one for each, as
-        # jaxq has throughout: the losses of the two differ, by more than the choice matters.
+        # jaxq has throughout: the losses of the two differ, by more than the choice matters. BLOOM's fused projection
+        # it splits in the wrong places (B2): it chose for another objective.
         stacked = isinstance(group.spec.weights.granularity, PerTensor) and len(group.plan.members) > 1
-        assert losses[theirs] <= losses[best] * (1.3 if stacked else 1 + 2e-3)
+        other = stacked or group.plan.name.endswith("qkv/kernel")
+        assert losses[theirs] <= losses[best] * (1.3 if other else 1 + 2e-3)
 
 
 def calibrated(z, config: dict, end: Step, path: Path):
@@ -96,8 +100,8 @@ def calibrated(z, config: dict, end: Step, path: Path):
     return model, jaxq.calibrate(model.forward, model.params, list(zip(ids, masks)), recipe, masks=masks)
 
 
-# jaxq's names of the published model's activation quantizers, by layer.
-ACTIVATIONS = {
+# jaxq's names of the published models' activation quantizers, by layer.
+OPT_ACTIVATIONS = {
     "attn/q/kernel": "first_act_fake_quant",
     "attn/dot0:lhs": "self_attn.query_permute_post_act_fake_quant",
     "attn/dot0:rhs": "self_attn.key_transpose_post_act_fake_quant",
@@ -107,9 +111,23 @@ ACTIVATIONS = {
     "mlp/up/kernel": "second_act_fake_quant",
     "mlp/down/kernel": "fc2.act_fake_quant",
 }
+BLOOM_ACTIVATIONS = {
+    "attn/qkv/kernel": "first_act_fake_quant",
+    "attn/qkv/dot0:lhs": "self_attn.query_post_act_fake_quant",
+    "attn/qkv/dot0:rhs": "self_attn.key_post_act_fake_quant",
+    "attn/qkv/dot1:lhs": "self_attn.value_post_act_fake_quant",
+    "attn/qkv/dot1:rhs": "self_attn.attention_probs_post_act_fake_quant",
+    "attn/out/kernel": "self_attn.dense.act_fake_quant",
+    "mlp/up/kernel": "second_act_fake_quant",
+    "mlp/down/kernel": "fc2.act_fake_quant",
+}
+STATIC = {
+    "e2e_opt_int8": ("model.decoder.layers", OPT_ACTIVATIONS),
+    "e2e_bloom_int8": ("transformer.h", BLOOM_ACTIVATIONS),
+}
 
 
-def with_published_grids(z, quantized: jaxq.Quantized) -> jaxq.Quantized:
+def with_published_grids(z, quantized: jaxq.Quantized, layers: str, names: dict[str, str]) -> jaxq.Quantized:
     """Each static grid, found close to the published one, replaced by it.
 
     The published code updates its averages batch by batch while they are in use, so batch k is observed on a network
@@ -118,10 +136,12 @@ def with_published_grids(z, quantized: jaxq.Quantized) -> jaxq.Quantized:
     inputs = {}
     for name, quant in quantized.inputs.items():
         _, layer, site = name.split("/", 2)
-        theirs = jnp.asarray(z[f"q__model.decoder.layers.{layer}.{ACTIVATIONS[site]}__scale"][0])
-        np.testing.assert_allclose(quant.grid.scale, theirs, rtol=1e-2)
+        theirs = jnp.asarray(z[f"q__{layers}.{layer}.{names[site]}__scale"][0])
+        if site == "attn/qkv/dot0:lhs":  # BLOOM's queries, scaled after they are quantized there
+            theirs = theirs * 12**-0.5
+        np.testing.assert_allclose(quant.grid.scale, theirs, rtol=2e-2)
         inputs[name] = replace(quant, grid=replace(quant.grid, scale=theirs))
-    assert len(inputs) == 2 * len(ACTIVATIONS)
+    assert len(inputs) == 2 * len(names)
     return replace(quantized, inputs=inputs)
 
 
@@ -132,8 +152,8 @@ def test_end_to_end(case: str, tmp_path: Path) -> None:
     assert len(quantized.transforms) == sum(k.startswith("scale__") for k in z.files)
     folded = jaxq.fold(model.forward, model.params, quantized.transforms, z["eval0__input_ids"])
     assert not folded.inputs
-    if case == "e2e_opt_int8":
-        quantized = with_published_grids(z, quantized)
+    if case in STATIC:
+        quantized = with_published_grids(z, quantized, *STATIC[case])
     run, forward = jax.jit(jaxq.execute(model.forward)), jax.jit(model.forward)
     for i in range(3):
         ids = jnp.asarray(z[f"eval{i}__input_ids"])
@@ -141,4 +161,4 @@ def test_end_to_end(case: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(forward(model.params, ids), fp, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(forward(folded.params, ids), fp, rtol=1e-3, atol=1e-3)
         error = np.linalg.norm(np.asarray(run(quantized, ids)) - theirs) / np.linalg.norm(theirs)
-        assert error < (1e-3 if case == "e2e_opt_int8" else 1e-5)
+        assert error < (1e-3 if case in STATIC else 1e-5)

@@ -19,7 +19,9 @@ from jaxq import handle
 from jaxq.program.groups import GroupPlan
 from jaxq.program.trace import named_leaves, trace
 from jaxq.qtensor import Transform
-from jaxq.steps import Group, Spec, Step, transformed
+from jaxq.quantizer import per_group, per_tensor
+from jaxq.steps import Group, Spec, Step, fed_by_attention, transformed
+from jaxq.steps.shift import touch
 from tests.zoo.specimen import block, block_params, linear, linear_params, norm, norm_params, normal, tokens, weight
 
 X = normal(99, 2, 5, 16)
@@ -79,11 +81,12 @@ def test_pre_norm_takes_shift_and_scale():
     assert {e.path for e in folds["fc1/kernel"].scale} == {"layer/ln2/scale", "layer/ln2/bias"}
     assert {e.path for e in folds["fc2/kernel"].scale} == {"layer/fc1/kernel", "layer/fc1/bias"}
     assert folds["fc2/kernel"].shift is None and "max" in folds["fc2/kernel"].shift_reason
-    assert folds["attn/o/kernel"].scale is None
+    assert {e.path for e in folds["attn/o/kernel"].scale} == {"layer/attn/v/kernel", "layer/attn/v/bias"}
+    assert {e.path for e in folds["attn/o/kernel"].shift} == {"layer/attn/v/bias"}
     assert {e.path for e in folds["head"].scale} == {"ln/scale", "ln/bias"}
     folded = check(pre_norm, PRE_NORM, tokens(0, 2, 5))
-    # What stays: attention's output, a shift before fc2, and the output bias of the head, which has none.
-    assert set(folded.inputs) == {"layer/attn/o/kernel", "layer/fc2/kernel", "head"}
+    # What stays: a shift before fc2, and the output bias of the head, which has none.
+    assert set(folded.inputs) == {"layer/fc2/kernel", "head"}
     assert folded.inputs["layer/fc2/kernel"].scale is None
     assert folded.inputs["head"].shift is None and list(folded.inputs["head"].bias) == ["head"]
 
@@ -259,6 +262,137 @@ def test_heads_of_every_layout_fold_into_their_producer():
     params = {"v": weight(0, 16, 4, 8, fan_in=16), "vb": normal(1, 4, 8), "o": weight(2, 4, 8, 16, fan_in=32)}
     assert [e.path for e in groups(f, params, X)["o"].fold.scale] == ["v", "vb"]
     check(f, params, X)
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+ATTENTION = {n: linear_params(i, 16, 16) for i, n in enumerate(("q", "k", "v", "o"))}
+FUSED = {"qkv": linear_params(5, 16, 48), "o": linear_params(6, 16, 16)}
+
+
+def attend(q, k, v, weigh=jax.nn.softmax):
+    return jnp.einsum("bhts,bshd->bthd", weigh(jnp.einsum("bthd,bshd->bhts", q, k)), v)
+
+
+def separate(p, x, weigh=jax.nn.softmax):
+    q, k, v = (linear(x, p[n]).reshape(2, 5, 4, 4) for n in "qkv")
+    return linear(attend(q, k, v, weigh).reshape(2, 5, 16), p["o"])
+
+
+def fused(p, x):
+    """As in BLOOM: q, k and v of each head side by side."""
+    parts = jnp.split(linear(x, p["qkv"]).reshape(2, 5, 4, 3, 4), 3, axis=3)
+    return linear(attend(*(part[:, :, :, 0] for part in parts)).reshape(2, 5, 16), p["o"])
+
+
+def uneven(p, x):
+    """q, k and v side by side, all heads of each, of different widths."""
+    q, k, v = jnp.split(linear(x, p["qkv"]), [8, 16], axis=-1)
+    return linear(attend(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0], p["o"])
+
+
+@pytest.mark.parametrize("forward, params", [(separate, ATTENTION), (fused, FUSED)])
+def test_the_values_take_what_attention_mixes(forward, params):
+    path = "v" if "v" in params else "qkv"
+    fold = groups(forward, params, X)["o/kernel"].fold
+    assert [e.path for e in fold.scale] == [f"{path}/kernel", f"{path}/bias"]
+    assert [e.path for e in fold.shift] == [f"{path}/bias"]
+    assert fold.producer == "attention" and len(fold.mixed) == 1
+    folded = check(forward, params, X, plain=False)
+    assert list(folded.inputs) == [f"{'q' if path == 'v' else path}/kernel"]  # the input of the program
+
+
+def test_values_of_another_width_than_keys():
+    params = {"qkv": linear_params(5, 16, 48), "o": linear_params(6, 32, 16)}
+    assert [e.path for e in groups(uneven, params, X)["o/kernel"].fold.shift] == ["qkv/bias"]
+    check(uneven, params, X)
+
+
+def test_values_in_half_precision():
+    """The softmax runs in float32, the sum in bfloat16."""
+
+    def f(p, x):
+        return separate(p, x, lambda s: jax.nn.softmax(s.astype(jnp.float32)).astype(jnp.bfloat16)).astype(jnp.float32)
+
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), ATTENTION)
+    assert groups(f, params, X.astype(jnp.bfloat16))["o/kernel"].fold.shift is not None
+    check(f, params, X.astype(jnp.bfloat16), tol=0.1)
+
+
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        jax.nn.sigmoid,
+        lambda s: jax.nn.softmax(s, axis=-2),
+        lambda s: jax.nn.softmax(s) * jnp.float32(0.5),
+        lambda s: jnp.where(s > 0, jax.nn.softmax(s), jnp.float32(0)),
+    ],
+)
+def test_weights_that_need_not_sum_to_one_take_a_scale_and_no_shift(weigh):
+    def f(p, x):
+        return separate(p, x, weigh)
+
+    fold = groups(f, ATTENTION, X)["o/kernel"].fold
+    assert fold.scale is not None and fold.shift is None and "sum to one" in fold.shift_reason
+    check(f, ATTENTION, X)
+
+
+def test_values_that_serve_two_queries_stay():
+    """Grouped queries: two heads read each value, whose channels cannot have two scales."""
+
+    def f(p, x):
+        q = linear(x, p["q"]).reshape(2, 5, 4, 4)
+        k, v = (jnp.repeat(linear(x, p[n]).reshape(2, 5, 2, 4), 2, axis=2) for n in "kv")
+        return linear(attend(q, k, v).reshape(2, 5, 16), p["o"])
+
+    params = {**ATTENTION, "k": linear_params(7, 16, 8), "v": linear_params(8, 16, 8)}
+    fold = groups(f, params, X)["o/kernel"].fold
+    assert fold.scale is None and fold.shift is None and "one value for several" in fold.scale_reason
+    check(f, params, X)
+
+
+def test_values_that_are_read_twice_stay():
+    def f(p, x):
+        v = linear(x, p["v"]).reshape(2, 5, 4, 4)
+        return linear(attend(v, linear(x, p["k"]).reshape(2, 5, 4, 4), v).reshape(2, 5, 16), p["o"])
+
+    fold = groups(f, ATTENTION, X)["o/kernel"].fold
+    assert fold.scale is None and "read elsewhere" in fold.scale_reason
+    check(f, {n: ATTENTION[n] for n in "kvo"}, X)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("forward, params", [(separate, ATTENTION), (fused, FUSED)])
+def test_a_fold_through_attention_is_proved_in_the_walk(forward, params, scanned):
+    if scanned:
+        params = jax.tree.map(lambda a: jnp.stack([a, a * 0.9]), params)
+
+    def f(p, x):
+        return lax.scan(lambda x, p: (x + forward(p, x), None), x, p)[0] if scanned else forward(p, x)
+
+    q = jaxq.calibrate(f, params, [X], random_step())
+    assert not any("o/kernel" in name for name in q.inputs) and "o/kernel" in q.transforms
+    np.testing.assert_allclose(jaxq.execute(f)(q, X), f(params, X), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", [jaxq.Int(8), per_tensor(jaxq.Int(8)), per_group(jaxq.Int(8), 8)])
+@pytest.mark.parametrize("attention", [None, jaxq.Int(8)])
+def test_values_already_quantized_take_a_scale_unless_attention_is(weights, attention):
+    """The grid of what attention reads was found for the values as they were."""
+
+    def mild(group: Group) -> Group:
+        if not fed_by_attention(group.plan):
+            return group
+        return transformed(group, 0.5 * normal(7, *group.channels), jnp.exp2(0.5 * normal(8, *group.channels)))
+
+    recipe = jaxq.chain(Step(touch(fed_by_attention), mild), jaxq.quantize(weights, jaxq.Int(8), attention=attention))
+    for forward, params in ((separate, ATTENTION), (fused, FUSED)):
+        q = jaxq.calibrate(forward, params, [X], recipe)
+        left = q.inputs["o/kernel"]
+        assert (left.scale is None) == (left.shift is None) == (attention is None)
+        want = forward(params, X)
+        error = jnp.linalg.norm(jaxq.execute(forward)(q, X) - want) / jnp.linalg.norm(want)
+        assert 1e-4 < error < 0.05
 
 
 def test_experts_under_vmap():

@@ -7,13 +7,21 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxq.models import bert, llama, opt
+from jaxq.models import bert, bloom, llama, mistral, opt, qwen
 from jaxq.models.family import Family
 
 Params = dict[Any, Any]
 Forward = Callable[..., jax.Array]
 
-FAMILIES: Mapping[str, Family] = {"opt": opt.FAMILY, "llama": llama.FAMILY, "bert": bert.FAMILY}
+FAMILIES: Mapping[str, Family] = {
+    "opt": opt.FAMILY,
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen.FAMILY_2,
+    "qwen3": qwen.FAMILY_3,
+    "bloom": bloom.FAMILY,
+    "bert": bert.FAMILY,
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,8 @@ def _module(config: Mapping[str, Any], source: str) -> Callable[[nnx.Rngs], nnx.
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
         raise ValueError(
-            f"{source}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
+            f"{source}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}. "
+            'Any other model can be quantized as a function of its parameters: "Your own model" in README.md'
         )
     return lambda rngs: family.network(dict(config), rngs=rngs)
 

@@ -44,6 +44,12 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     )
 
 
+def file_of(directory: Path, name: str) -> Path:
+    """The file that holds a tensor of a checkpoint that ``read_tensors`` has read."""
+    index = directory / INDEX
+    return directory / (json.loads(index.read_text())["weight_map"][name] if index.exists() else SINGLE)
+
+
 def read_file(path: Path) -> dict[str, np.ndarray]:
     """The tensors of one safetensors file but for TABLES, as views of the mapped file; ValueError if it is damaged."""
     try:

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxq.models.build import FAMILIES, Model, Params, build, flat
-from jaxq.models.checkpoint import CODES, read_tensors, write_tensors
+from jaxq.models.checkpoint import CODES, file_of, read_tensors, write_tensors
 from jaxq.models.family import Family
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -124,24 +124,30 @@ def _tensor_name(names: Mapping[str, str], path: str) -> str:
 
 def _import(layout: Params, family: Family, tensors: Mapping[str, np.ndarray], directory: Path) -> Params:
     """The tensors as a tree like ``layout``; layers are stored ``[out, in]``, a kernel is the transposed view."""
-    remaining = {family.full_name(name): tensor for name, tensor in tensors.items()}
+    stored = {family.full_name(name): name for name in tensors}
 
     def view(path: tuple, expected: Any) -> np.ndarray:
         where = jax.tree_util.keystr(path, simple=True, separator="/")
         name, kernel = _tensor_name(family.names, where), where.endswith("/kernel")
-        if name not in remaining:
-            raise ValueError(f"{directory}: tensor {name} (parameter {where}) is missing from the checkpoint")
-        tensor, shape = remaining.pop(name), expected.shape[::-1] if kernel else expected.shape
-        if tensor.shape != shape:
-            raise ValueError(f"{directory}: tensor {name} has shape {tensor.shape}, config.json asks for {shape}")
-        return tensor.T if kernel else tensor
+        shape = expected.shape[::-1] if kernel else expected.shape
+        if name not in stored:
+            raise ValueError(
+                f"{directory}: tensor {name} {shape} (parameter {where}) is missing from the checkpoint, "
+                "config.json asks for it"
+            )
+        own = stored.pop(name)
+        if tensors[own].shape != shape:
+            raise ValueError(
+                f"{file_of(directory, own)}: tensor {own} has shape {tensors[own].shape}, config.json asks for {shape}"
+            )
+        return tensors[own].T if kernel else tensors[own]
 
     params = jax.tree_util.tree_map_with_path(view, layout)
-    unexpected = [name for name in remaining if not name.endswith(family.ignored)]
+    unexpected = [own for name, own in stored.items() if not name.endswith(family.ignored)]
     if unexpected:
         raise ValueError(
-            f"{directory}: tensor {unexpected[0]} {remaining[unexpected[0]].shape} has no place in the model that "
-            f"config.json describes ({len(unexpected)} such tensors)"
+            f"{file_of(directory, unexpected[0])}: tensor {unexpected[0]} {tensors[unexpected[0]].shape} has no place "
+            f"in the model that config.json describes ({len(unexpected)} such tensors)"
         )
     return params
 

@@ -74,12 +74,15 @@ class MLP(nnx.Module):
         return self.down(self.activation(self.up(x)))
 
 
-def causal_bias(length: int, mask: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+def causal_bias(length: int, mask: jax.Array | None, dtype: jnp.dtype, window: int | None = None) -> jax.Array:
     """What is added to the attention scores: 0 where a key may be seen, the most negative number elsewhere.
 
-    ``mask`` is None or ``[B, T]`` (bool or integer, 1 = a real token). Returns ``[1 or B, 1, T, T]`` of ``dtype``.
+    ``mask`` is None or ``[B, T]`` (bool or integer, 1 = a real token); a position sees itself and, with a ``window``,
+    the ``window - 1`` before it. Returns ``[1 or B, 1, T, T]`` of ``dtype``.
     """
     visible = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    if window is not None:
+        visible = jnp.triu(visible, 1 - window)
     if mask is not None:
         visible = visible & mask.astype(bool)[:, None, None, :]
     return _bias(visible, dtype)

@@ -1,14 +1,16 @@
 """LLaMA (Touvron et al. 2023, arXiv:2302.13971) as Flax NNX modules: transformers' ``LlamaForCausalLM``."""
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxq.models.family import Family
 from jaxq.models.layers import Embedding, activation, attend, causal_bias
+from jaxq.models.rope import angles, magnitude, read_rope, rotate
 
 DEFAULTS = {
     "attention_bias": False,
@@ -35,72 +37,47 @@ CHECKPOINT_NAMES = {
     "lm_head": "lm_head",
 }
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
-
 
 def full_name(tensor: str) -> str:
     """With the prefix that the checkpoint of a bare decoder lacks."""
     return tensor if tensor.startswith("lm_head.") else "model." + tensor.removeprefix("model.")
 
 
-def rope(config: dict) -> dict:
-    """Rotary settings from either spelling (``rope_parameters``, or ``rope_theta`` and ``rope_scaling``).
+@dataclass(frozen=True)
+class Variant:
+    """Where LLaMA's descendants differ: which projections have biases, whether q and k are normed head by head, and how
+    many tokens back each layer sees (None: all)."""
 
-    Raises ValueError for a type other than ROPE_TYPES or a partial rotation.
-    """
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = found.get("rope_type", found.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if found.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
-    theta = found.get("rope_theta", config.get("rope_theta", 10000.0))
-    return found | {"rope_type": kind, "rope_theta": theta}
-
-
-def frequencies(rope: dict, dim: int, length: int, max_length: int) -> np.ndarray:
-    """Angle per position of each pair of channels, float64 ``[dim / 2]``, as transformers' modeling_rope_utils."""
-    theta, factor = rope["rope_theta"], rope.get("factor", 1.0)
-    if rope["rope_type"] == "dynamic":  # the base grows with the text's length
-        stretch = factor * max(length, max_length) / max_length - (factor - 1)
-        theta = theta * stretch ** (dim / (dim - 2))
-    angles = theta ** (-np.arange(0, dim, 2) / dim)
-    if rope["rope_type"] == "linear":
-        return angles / factor
-    if rope["rope_type"] != "llama3":
-        return angles
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = rope["original_max_position_embeddings"] * angles / (2 * math.pi)  # within the original context
-    share = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 0: slow, divided by the factor; 1: fast, kept
-    return (1 - share) * angles / factor + share * angles
-
-
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Turn channel pairs (i, i + d/2) of ``x [B, T, H, d]`` by ``angles [T, d/2]``."""
-    cos, sin = (f(angles)[None, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    windows: tuple[int | None, ...]
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    head_norms: bool = False
 
 
 class Attention(nnx.Module):
     """Grouped-query causal self-attention with rotary positions, ``[B, T, D] -> [B, T, D]``."""
 
-    def __init__(self, config: dict, rngs: nnx.Rngs):
-        width, bias = config["hidden_size"], config["attention_bias"]
+    def __init__(self, config: dict, variant: Variant, rngs: nnx.Rngs):
+        width, bias = config["hidden_size"], variant.qkv_bias
         self.heads = config["num_attention_heads"]
         self.kv_heads = config.get("num_key_value_heads") or self.heads
         self.dim = config.get("head_dim") or width // self.heads
         self.q = nnx.Linear(width, self.heads * self.dim, use_bias=bias, rngs=rngs)
         self.k = nnx.Linear(width, self.kv_heads * self.dim, use_bias=bias, rngs=rngs)
         self.v = nnx.Linear(width, self.kv_heads * self.dim, use_bias=bias, rngs=rngs)
-        self.out = nnx.Linear(self.heads * self.dim, width, use_bias=bias, rngs=rngs)
+        self.q_norm = _norm(self.dim, config, rngs) if variant.head_norms else None
+        self.k_norm = _norm(self.dim, config, rngs) if variant.head_norms else None
+        self.out = nnx.Linear(self.heads * self.dim, width, use_bias=variant.out_bias, rngs=rngs)
 
-    def __call__(self, x: jax.Array, angles: jax.Array, bias: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, turn: Callable[[jax.Array], jax.Array], bias: jax.Array) -> jax.Array:
         batch, length, _ = x.shape
         q = self.q(x).reshape(batch, length, self.heads, self.dim)
         k = self.k(x).reshape(batch, length, self.kv_heads, self.dim)
         v = self.v(x).reshape(batch, length, self.kv_heads, self.dim)
-        q, k = rotate(q, angles) * (self.dim**-0.5), rotate(k, angles)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = turn(q) * (self.dim**-0.5), turn(k)
         k, v = (jnp.repeat(t, self.heads // self.kv_heads, axis=2) for t in (k, v))
         return self.out(attend(q, k, v, bias).reshape(batch, length, -1))
 
@@ -108,8 +85,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """``down(act(gate(x)) * up(x))``, ``[B, T, D] -> [B, T, D]``."""
 
-    def __init__(self, config: dict, rngs: nnx.Rngs):
-        width, inner, bias = config["hidden_size"], config["intermediate_size"], config["mlp_bias"]
+    def __init__(self, config: dict, bias: bool, rngs: nnx.Rngs):
+        width, inner = config["hidden_size"], config["intermediate_size"]
         self.activation = activation(config, "hidden_act")
         self.gate = nnx.Linear(width, inner, use_bias=bias, rngs=rngs)
         self.up = nnx.Linear(width, inner, use_bias=bias, rngs=rngs)
@@ -122,15 +99,15 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """A block: attention and MLP, each with a residual and a root-mean-square norm before it."""
 
-    def __init__(self, config: dict, rngs: nnx.Rngs):
-        width, epsilon = config["hidden_size"], config["rms_norm_eps"]
-        self.attn_norm = nnx.RMSNorm(width, epsilon=epsilon, rngs=rngs)
-        self.attn = Attention(config, rngs)
-        self.mlp_norm = nnx.RMSNorm(width, epsilon=epsilon, rngs=rngs)
-        self.mlp = MLP(config, rngs)
+    def __init__(self, config: dict, variant: Variant, rngs: nnx.Rngs):
+        width = config["hidden_size"]
+        self.attn_norm = _norm(width, config, rngs)
+        self.attn = Attention(config, variant, rngs)
+        self.mlp_norm = _norm(width, config, rngs)
+        self.mlp = MLP(config, variant.mlp_bias, rngs)
 
-    def __call__(self, x: jax.Array, angles: jax.Array, bias: jax.Array) -> jax.Array:
-        x = x + self.attn(self.attn_norm(x), angles, bias)
+    def __call__(self, x: jax.Array, turn: Callable[[jax.Array], jax.Array], bias: jax.Array) -> jax.Array:
+        x = x + self.attn(self.attn_norm(x), turn, bias)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -140,28 +117,40 @@ class CausalLM(nnx.Module):
     Raises ValueError if the configuration asks for an activation function or a rotary type that is not known here.
     """
 
-    def __init__(self, config: dict, *, rngs: nnx.Rngs):
-        config = DEFAULTS | config
+    def __init__(self, config: dict, variant: Variant, *, rngs: nnx.Rngs):
         width = config["hidden_size"]
-        self.rope, self.max_length = nnx.static(rope(config)), config["max_position_embeddings"]
+        self.rope, self.windows = nnx.static(read_rope(config)), variant.windows
         self.embed = Embedding(config["vocab_size"], width, rngs=rngs)
-        self.layers = nnx.List([Layer(config, rngs) for _ in range(config["num_hidden_layers"])])
-        self.final_norm = nnx.RMSNorm(width, epsilon=config["rms_norm_eps"], rngs=rngs)
+        self.layers = nnx.List([Layer(config, variant, rngs) for _ in variant.windows])
+        self.final_norm = _norm(width, config, rngs)
         tied = config["tie_word_embeddings"]
         self.lm_head = None if tied else nnx.Linear(width, config["vocab_size"], use_bias=False, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """``tokens`` int ``[B, T]``, ``mask`` bool or int ``[B, T]`` (1 = real token) -> logits ``[B, T, V]``."""
+        """``tokens`` int ``[B, T]``, ``mask`` bool or int ``[B, T]`` (1 = real token) -> logits ``[B, T, V]``.
+
+        Any T will do: positions are no table, and dynamic rope is made for texts beyond the nominal length.
+        """
         length = tokens.shape[1]
-        steps = frequencies(self.rope, self.layers[0].attn.dim, length, self.max_length)
-        angles = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(steps, jnp.float32)[None]
+        turned = angles(self.rope, self.layers[0].attn.dim, length)
         x = self.embed(tokens)
-        bias = causal_bias(length, mask, x.dtype)
-        for layer in self.layers:
-            x = layer(x, angles, bias)
+        biases = {window: causal_bias(length, mask, x.dtype, window) for window in self.windows}
+        for layer, window in zip(self.layers, self.windows, strict=True):
+            x = layer(x, partial(rotate, angles=turned, magnitude=magnitude(self.rope)), biases[window])
         x = self.final_norm(x)
         return self.embed.attend(x) if self.lm_head is None else self.lm_head(x)
 
 
+def _norm(width: int, config: dict, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(width, epsilon=config["rms_norm_eps"], rngs=rngs)
+
+
+def llama(config: dict, *, rngs: nnx.Rngs) -> CausalLM:
+    """LLaMA 1, 2 and 3: one switch for the biases of attention, one for those of the MLP."""
+    config = DEFAULTS | config
+    bias, everywhere = config["attention_bias"], (None,) * config["num_hidden_layers"]
+    return CausalLM(config, Variant(everywhere, bias, bias, config["mlp_bias"]), rngs=rngs)
+
+
 # A tied model's checkpoint may hold its head all the same.
-FAMILY = Family(CausalLM, CHECKPOINT_NAMES, full_name, ignored=("lm_head.weight",), causal=True)
+FAMILY = Family(llama, CHECKPOINT_NAMES, full_name, ignored=("lm_head.weight",), causal=True)

@@ -2,6 +2,9 @@
 
 x' = (x - z) / s is the same function when the parameters that make x take the change: a norm's scale and bias, or an
 earlier contraction's columns and bias. Every value on the way must have no other reader.
+
+Attention's output is a mean of its values, token by token: the values' columns take its scale, and where the weights of
+the mean are seen to sum to one, its shift. Where several heads share their values, no column belongs to one channel.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from itertools import takewhile
 import numpy as np
 
 from jaxq.program.graph import Const, Graph, Node, Operand
-from jaxq.program.views import Broadcast, Columns, Pull, ViewError, pull, view_of
+from jaxq.program.patterns import is_zero, one_step, output_columns, part_of, sums_to_one, weight_columns
+from jaxq.program.views import Columns, Mixed, Pull, ViewError, pull
 
 
 class Unfoldable(ValueError):
@@ -33,6 +37,10 @@ class Edit:
         return any(isinstance(p, Columns) for p in self.pulls)
 
     @property
+    def mixed(self) -> frozenset[int]:
+        return frozenset(p.node for p in self.pulls if isinstance(p, Mixed))
+
+    @property
     def to_output(self) -> tuple[Pull, ...]:
         """The part of `pulls` that leads to the output of the earlier contraction."""
         return tuple(takewhile(lambda p: not isinstance(p, Columns), self.pulls))
@@ -42,8 +50,8 @@ class Edit:
 class Fold:
     """Parameters to divide by s and, before that, to subtract z from; None with the reason where there is no way.
 
-    `producer` is "norm", "linear" or None: what makes the activation, whether or not it can take the change; `gamma`
-    is then the norm's scale.
+    `producer` is "norm", "linear", "attention" or None: what makes the activation, whether or not it can take the
+    change; `gamma` is then the norm's scale.
     """
 
     scale: tuple[Edit, ...] | None
@@ -52,6 +60,11 @@ class Fold:
     shift_reason: str = ""
     producer: str | None = None
     gamma: Edit | None = None
+
+    @property
+    def mixed(self) -> frozenset[int]:
+        """The contractions of two activations on the way: what they read changes with the fold."""
+        return frozenset().union(*(e.mixed for e in (self.scale or ()) + (self.shift or ())))
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -83,6 +96,8 @@ def find_fold(graph: Graph, x: int, spread: tuple[int, ...], uses: dict[str, int
     source, _ = _attempt(_scale_edits, loose, x, probe, False)
     if source is None:
         return Fold(scale, shift, why_scale, why_shift)
+    if any(e.mixed for e in source):
+        return Fold(scale, shift, why_scale, why_shift, "attention")
     if any(e.columns for e in source):
         return Fold(scale, shift, why_scale, why_shift, "linear")
     beta, _ = _attempt(_shift_edits, loose, x, probe, False)
@@ -107,19 +122,21 @@ def _scale_edits(chase: Chase, v: Operand, probe: np.ndarray, pulls: tuple[Pull,
         yield _leaf_edit(chase, v, probe, pulls)
         return
     node = _producer(chase, v)
-    if (step := _one_step(graph, node)) is not None:
+    if (step := one_step(graph, node)) is not None or (step := part_of(graph, node, v, 1.0)) is not None:
         yield from _scale_edits(chase, _only(chase, node.ins[0]), step.backward(probe), (*pulls, step))
     elif node.name in ("add", "sub"):
         for operand in node.ins:
             yield from _scale_edits(chase, _only(chase, operand), _fit(chase, operand, probe), pulls)
     elif node.name in ("mul", "div"):
         yield from _first(chase, node.ins if node.name == "mul" else node.ins[:1], probe, pulls)
-    elif node.name == "neg" or (node.name == "max" and any(_is_zero(graph, o) for o in node.ins)):
-        operand = next(o for o in node.ins if not _is_zero(graph, o))
+    elif node.name == "neg" or (node.name == "max" and any(is_zero(graph, o) for o in node.ins)):
+        operand = next(o for o in node.ins if not is_zero(graph, o))
         yield from _scale_edits(chase, _only(chase, operand), probe, pulls)
-    elif node.name == "dot_general" and (columns := _columns(graph, node)) is not None:
+    elif node.name == "dot_general" and (columns := weight_columns(graph, node)) is not None:
         w, step = columns
         yield from _scale_edits(chase, node.ins[w], step.backward(probe), (*pulls, step))
+    elif node.name == "dot_general" and all(map(graph.is_activation, node.ins)):
+        yield from _values(chase, node, probe, pulls, _scale_edits)
     else:
         raise Unfoldable(f"made by {node.name}, which does not commute with a scale")
 
@@ -131,10 +148,12 @@ def _shift_edits(chase: Chase, v: Operand, probe: np.ndarray, pulls: tuple[Pull,
         yield _leaf_edit(chase, v, probe, pulls)
         return
     node = _producer(chase, v)
-    if (step := _one_step(graph, node)) is not None:
+    if (step := one_step(graph, node)) is not None or (step := part_of(graph, node, v, 0.0)) is not None:
         yield from _shift_edits(chase, _only(chase, node.ins[0]), step.backward(probe), (*pulls, step))
     elif node.name == "add":
         yield from _first(chase, node.ins, probe, pulls, _shift_edits)
+    elif node.name == "dot_general" and all(map(graph.is_activation, node.ins)):
+        yield from _values(chase, node, probe, pulls, _shift_edits)
     else:
         raise Unfoldable(f"no bias on the way: made by {node.name}")
 
@@ -150,6 +169,21 @@ def _first(
         except (Unfoldable, ViewError) as error:
             reasons.append(str(error))
     raise Unfoldable("; ".join(dict.fromkeys(reasons)))
+
+
+def _values(chase: Chase, node: Node, probe: np.ndarray, pulls: tuple[Pull, ...], query) -> list[Edit]:
+    """Into the operand of a contraction of two activations that has the channels: sum_s p_ts (v_sc - z_c) / s_c."""
+    for side in (1, 0):
+        step = Mixed(node.index, output_columns(chase.graph, node, side))
+        try:
+            within = step.backward(probe)
+        except ViewError:
+            continue
+        weights, summed = node.ins[1 - side], node.params["dimension_numbers"][0][1 - side]
+        if query is _shift_edits and not sums_to_one(chase.graph, weights, tuple(summed)):
+            raise Unfoldable("the weights of a sum over tokens are not seen to sum to one (by a softmax)")
+        return list(query(chase, _only(chase, node.ins[side]), within, (*pulls, step)))
+    raise Unfoldable(f"made by {node.name} of two activations, neither of which has all channels")
 
 
 def _leaf_edit(chase: Chase, v: int, probe: np.ndarray, pulls: tuple[Pull, ...]) -> Edit:
@@ -188,39 +222,3 @@ def _fit(chase: Chase, operand: Operand, probe: np.ndarray) -> np.ndarray:
     if not shape or (len(shape) == probe.ndim and any(n == 1 < p for n, p in zip(shape, probe.shape))):
         raise Unfoldable("a factor with one value for all channels is on the way")
     return probe
-
-
-def _one_step(graph: Graph, node: Node) -> Pull | None:
-    if not node.ins or not isinstance(node.ins[0], int):
-        return None
-    before, after = graph.avals[node.ins[0]], graph.avals[node.outs[0]]
-    if node.name == "broadcast_in_dim" and before.size != after.size:
-        return Broadcast(tuple(node.params["broadcast_dimensions"]), tuple(before.shape), tuple(after.shape))
-    return view_of(node.name, node.params, before, after)
-
-
-def _columns(graph: Graph, node: Node) -> tuple[int, Columns] | None:
-    """The weight operand of a contraction with a parameter, and its axes among the output's."""
-    for w in (1, 0):
-        if graph.leaf(node.ins[w]) is not None and graph.is_activation(node.ins[1 - w]):
-            return w, output_columns(graph, node, w)
-    return None
-
-
-def output_columns(graph: Graph, node: Node, w: int) -> Columns:
-    (contract, batch) = node.params["dimension_numbers"]
-    ndim = len(graph.shape(node.ins[w]))
-    other = len(graph.shape(node.ins[1 - w])) - len(contract[1 - w]) - len(batch[1 - w])
-    free = [i for i in range(ndim) if i not in contract[w] and i not in batch[w]]
-    start = len(batch[w]) + (other if w == 1 else 0)
-    where = {i: k for k, i in enumerate(batch[w])} | {i: start + k for k, i in enumerate(free)}
-    return Columns(tuple(where.get(i) for i in range(ndim)))
-
-
-def _is_zero(graph: Graph, v: Operand) -> bool:
-    """A constant 0, as relu's other operand."""
-    if isinstance(v, int) and v not in graph.consts:
-        node = graph.producer.get(v)
-        return node is not None and node.name == "broadcast_in_dim" and _is_zero(graph, node.ins[0])
-    value = np.asarray(v.value if isinstance(v, Const) else graph.consts[v])
-    return value.size > 0 and not value.any()

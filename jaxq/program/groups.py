@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from jaxq.program.fold import Edit, Fold, find_fold, output_columns
+from jaxq.program.fold import Edit, Fold, find_fold
 from jaxq.program.graph import Graph, Ref, all_graphs
+from jaxq.program.patterns import output_columns
 from jaxq.program.sites import Site, Skipped, find_sites
 from jaxq.program.views import Broadcast, Forward, Pull, ViewError, pull, view_of
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxq.program import _compat
-from jaxq.program.fold import output_columns
 from jaxq.program.graph import Const, Graph, Node, Operand, Ref
+from jaxq.program.patterns import output_columns
 from jaxq.program.views import Reshape, Transpose, ViewError, factor_groups
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Spread = Any  # a jax or numpy array that broadcasts against the value it belongs to
 
@@ -69,7 +70,7 @@ class Broadcast:
 
     def backward(self, a: Spread) -> Spread:
         if any(n > 1 for i, n in enumerate(a.shape) if i not in self.dims):
-            raise ViewError("the parameter is broadcast along the channels: it has one value for all of them")
+            raise ViewError("what is broadcast along the channels has one value for several of them")
         return a.reshape([a.shape[i] for i in self.dims])
 
 
@@ -98,7 +99,36 @@ class Forward:
         return self.view.forward(a)
 
 
-Pull = Transpose | Reshape | Convert | Broadcast | Columns | Forward
+@dataclass(frozen=True)
+class Mixed:
+    """As `Columns`, of the operand of a contraction of two activations, the equation `node`: attention's values."""
+
+    node: int
+    columns: Columns
+
+    def backward(self, a: Spread) -> Spread:
+        return self.columns.backward(a)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One output of a `split`, from `start` to `stop` of the `size` along `axis`; the others take `fill`, which
+    changes nothing: a scale of 1, a shift of 0."""
+
+    axis: int
+    start: int
+    stop: int
+    size: int
+    fill: float
+
+    def backward(self, a: Spread) -> Spread:
+        numpy = np if isinstance(a, np.ndarray) else jnp
+        full = [self.stop - self.start if i == self.axis else n for i, n in enumerate(a.shape)]
+        widths = [(self.start, self.size - self.stop) if i == self.axis else (0, 0) for i in range(a.ndim)]
+        return numpy.pad(numpy.broadcast_to(a, full), widths, constant_values=self.fill)
+
+
+Pull = Transpose | Reshape | Convert | Broadcast | Columns | Forward | Mixed | Part
 
 
 def pull(chain: tuple[Pull, ...], a: Spread) -> Spread:

@@ -9,7 +9,7 @@ from jaxq.steps.migrate import gamma_migration, smooth_quant
 from jaxq.steps.os_plus import as_the_paper, channel_scale, group_outputs, next_input, os_plus
 from jaxq.steps.output_error import cosine, diagonal_hessian, output_error
 from jaxq.steps.quantize import quantize
-from jaxq.steps.shift import channel_shift, fed_by_norm, foldable, run_time_shift
+from jaxq.steps.shift import channel_shift, fed_by_attention, fed_by_norm, foldable, run_time_shift
 
 __all__ = [
     "Clips",
@@ -25,6 +25,7 @@ __all__ = [
     "channel_shift",
     "cosine",
     "diagonal_hessian",
+    "fed_by_attention",
     "fed_by_norm",
     "foldable",
     "fpq_baseline",

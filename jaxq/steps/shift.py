@@ -19,9 +19,15 @@ def fed_by_norm(plan: GroupPlan) -> bool:
 
 
 def foldable(plan: GroupPlan) -> bool:
-    """The norm-fed groups, and those whose scale an earlier contraction's columns can take: where OS+ works for free,
-    or at the cost of one fused subtraction and product."""
-    return fed_by_norm(plan) or plan.fold.scale is not None
+    """The norm-fed groups, and those whose scale an earlier contraction's columns can take (but not through
+    attention): where OS+ works for free, or at the cost of one fused subtraction and product."""
+    return fed_by_norm(plan) or (plan.fold.producer == "linear" and plan.fold.scale is not None)
+
+
+def fed_by_attention(plan: GroupPlan) -> bool:
+    """The activation is attention's output, and the columns that make the values can take its scale; no published
+    method migrates it."""
+    return plan.fold.producer == "attention" and plan.fold.scale is not None
 
 
 def channel_shift(where: Where = fed_by_norm, batches: int | None = None) -> Step:

@@ -80,6 +80,8 @@ def test_the_embedded_model_has_learnt_python():
         ("llama-stories260k", 512, None, 4.421),
         ("llama-stories260k", 256, None, 4.572),
         ("opt-tinystories-trained-here", 128, 1536, 9.215),
+        ("bloom-tinystories-trained-here", 128, 1536, 8.917),
+        ("bloom-tinystories-trained-here", 256, 768, 8.753),
     ],
 )
 def test_known_perplexities(name, length, count, expected):

@@ -9,7 +9,18 @@ import pytest
 from jaxq.models import load
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-NAMES = ("opt", "opt-post-norm", "llama", "llama-sharded")
+NAMES = (
+    "opt",
+    "opt-post-norm",
+    "llama",
+    "llama-sharded",
+    "llama-rope-linear",
+    "llama-rope-llama3",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "bloom",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

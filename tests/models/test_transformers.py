@@ -21,11 +21,15 @@ LLAMA = dict(
     model_type="llama", vocab_size=40, hidden_size=24, intermediate_size=40, num_attention_heads=4,
     num_key_value_heads=2, num_hidden_layers=2, max_position_embeddings=16,
 )  # fmt: skip
+BLOOM = dict(model_type="bloom", vocab_size=40, hidden_size=24, n_head=3, n_layer=2)
 BERT = dict(
     model_type="bert", architectures=["BertModel"], vocab_size=40, hidden_size=24, intermediate_size=40,
     num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=16,
 )  # fmt: skip
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8, rope_theta=100.0)
+QWEN3 = LLAMA | dict(model_type="qwen3", head_dim=8)
+SLIDING = dict(use_sliding_window=True, sliding_window=3)
 CONFIGS = {
     "opt gelu": OPT | dict(activation_function="gelu"),
     "opt untied": OPT | dict(tie_word_embeddings=False),
@@ -38,6 +42,25 @@ CONFIGS = {
     "llama one kv head": LLAMA | dict(num_key_value_heads=1, rope_theta=500.0),
     "rope linear": LLAMA | dict(rope_scaling={"type": "linear", "factor": 4.0}, rope_theta=1000.0),
     "rope dynamic": LLAMA | dict(rope_parameters={"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1000.0}),
+    "rope dynamic beside theta": LLAMA | dict(rope_scaling={"type": "dynamic", "factor": 2.0}, rope_theta=500.0),
+    "rope yarn": LLAMA | dict(head_dim=16, rope_parameters=YARN),
+    "rope yarn, untruncated": LLAMA | dict(head_dim=16, rope_parameters=YARN | dict(truncate=False, beta_fast=4)),
+    "rope yarn with scales": LLAMA | dict(rope_scaling=YARN | dict(mscale=0.7, mscale_all_dim=1.0)),
+    "rope yarn, factor of attention": LLAMA | dict(rope_scaling=YARN | dict(attention_factor=1.3)),
+    "mistral": LLAMA | dict(model_type="mistral", sliding_window=5, head_dim=8),
+    "mistral without window": LLAMA | dict(model_type="mistral", sliding_window=None, tie_word_embeddings=True),
+    "qwen2": LLAMA | dict(model_type="qwen2", rope_parameters=YARN),
+    "qwen2 windows from a layer on": LLAMA | dict(model_type="qwen2", max_window_layers=1, **SLIDING),
+    "qwen3": QWEN3 | dict(tie_word_embeddings=True),
+    "qwen3 biases, types of layers": QWEN3
+    | dict(attention_bias=True, layer_types=["sliding_attention", "full_attention"], **SLIDING),
+    "bloom, one head": BLOOM | dict(n_head=1),
+    "bloom, twelve heads": BLOOM | dict(n_head=12),
+    "bloom, residual after the norm": BLOOM | dict(apply_residual_connection_post_layernorm=True, n_head=4),
+    "bloom, untied": BLOOM | dict(tie_word_embeddings=False, layer_norm_epsilon=1e-3),
+    "bloom, old names": dict(
+        model_type="bloom", vocab_size=40, n_embed=24, num_attention_heads=6, num_hidden_layers=2, seq_length=16
+    ),
     "bert relu, one token type": BERT | dict(hidden_act="relu", type_vocab_size=1, layer_norm_eps=1e-5),
     "bert regression": BERT | dict(architectures=["BertForSequenceClassification"], id2label={"0": "score"}),
     "bert masked lm": BERT | dict(architectures=["BertForMaskedLM"], hidden_act="gelu_new"),
@@ -62,7 +85,7 @@ def torch_logits(directory, tokens, mask=None):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_saved_models_compute_the_same_in_transformers(config, tmp_path):
-    length = 24 if config["model_type"] == "llama" else 16  # beyond LLaMA's nominal context, for dynamic rope
+    length = 16 if config["model_type"] in ("opt", "bert") else 24  # beyond the nominal context, for dynamic rope
     params, tokens = random_params(config), np.random.default_rng(1).integers(0, 40, (2, length), np.int32)
     model = model_of(config, params)
     save_hf(model, params, tmp_path / "saved")
@@ -70,7 +93,7 @@ def test_saved_models_compute_the_same_in_transformers(config, tmp_path):
     np.testing.assert_allclose(jax.jit(model.forward)(params, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ("opt-post-norm", "llama-sharded", "bert"))
+@pytest.mark.parametrize("name", ("opt-post-norm", "llama-sharded", "mistral", "bloom", "bert"))
 def test_padding_beside_transformers(name):
     model, expected = load(GOLDEN / name), np.load(GOLDEN / name / "expected.npz")
     tokens, mask = expected["tokens"], expected["mask"]

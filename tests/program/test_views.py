@@ -52,7 +52,7 @@ def test_a_split_channel_axis_is_refused():
 def test_a_broadcast_parameter_has_one_value_for_all_channels():
     view = Broadcast((1,), (8,), (2, 8))
     assert view.backward(np.ones((1, 8))).shape == (8,)
-    with pytest.raises(ViewError, match="one value for all"):
+    with pytest.raises(ViewError, match="one value for several"):
         view.backward(np.ones((2, 1)))
 
 
