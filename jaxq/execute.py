@@ -56,7 +56,7 @@ def execute(forward: Callable, products: Products = "by_device") -> Callable:
     Args:
       forward: `forward(params, *inputs) -> outputs`, any traceable function over any pytree of arrays.
       products: how packed weights are multiplied, see `jaxq.kernels.plain`; the results are the same up to the order of
-        accumulation. "by_device": 8-bit products where the numbers fit, on CPU in float32 where those are exact.
+        accumulation. "by_device": 8-bit products where the numbers fit, of few rows on CPU in float32 if that is exact.
         "int8": 8-bit products wherever the numbers fit. "float": products in float32, on accelerators in bfloat16.
         "decoded": packed weights are only decoded, and activations fake-quantized, as without `pack`.
 

@@ -89,6 +89,7 @@ def looks_up(eqn: Any, site: Site, leaf: Packed) -> bool:
     rows = (numbers.start_index_map, numbers.collapsed_slice_dims) == ((0,), (0,)) and not numbers.operand_batching_dims
     last = tuple(numbers.offset_dims) == (eqn.outvars[0].aval.ndim - 1,)
     plain = site.ref is not None and not site.ref.views and leaf.exponents is None and params["fill_value"] is None
+    plain &= leaf.grid.outer is None
     return plain and rows and last and not leaf.columns and tuple(params["slice_sizes"]) == (1, *leaf.rows)
 
 

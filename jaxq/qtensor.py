@@ -206,8 +206,9 @@ class Packed:
         planes = self.planes if self.columns else tuple(plane[..., None] for plane in self.planes)
         codes = unpack_codes(planes, self.format.bits, prod(self.rows)).reshape(self.shape)
         if self.format.code_dtype == jnp.int8:  # two's complement: the sign bit moves to the top and back
-            above = jnp.int8(8 - self.format.bits)
-            codes = jax.lax.bitcast_convert_type(codes << above.astype(jnp.uint8), jnp.int8) >> above
+            above = 8 - self.format.bits
+            codes = jax.lax.bitcast_convert_type(codes << above if above else codes, jnp.int8)
+            codes = codes >> above if above else codes
         return QTensor(codes, self.grid, format=self.format, dtype=self.dtype, exponents=self.exponents)
 
     def dequantize(self) -> jax.Array:

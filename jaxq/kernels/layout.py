@@ -68,8 +68,9 @@ def unpack_codes(planes: tuple[jax.Array, ...], bits: int, k: int) -> jax.Array:
     if [plane.shape[-2] for plane in planes] != want:
         found = [plane.shape[-2] for plane in planes]
         raise ValueError(f"planes of {found} rows are not those of {k} codes of {bits} bits: they have {want} rows")
-    codes, below = jnp.uint8(0), 0
-    for plane, width in zip(planes, widths(bits)):
+    first, *others = widths(bits)
+    codes, below = _unpack_plane(planes[0], first, k), first
+    for plane, width in zip(planes[1:], others):
         codes = codes | (_unpack_plane(plane, width, k) << below)
         below += width
     return codes

@@ -13,7 +13,8 @@ its smallest step. So a product is one of integers, exact, and the scales of its
 | E2M3               | 60              | yes, without exponents                                   |
 | wider floats       | from 448 on     | no: bfloat16 holds them all exactly; sums in float32     |
 
-On CPU 8-bit carriers are multiplied as float32, which is faster there, where no sum can exceed 2**24: exact, too.
+On CPU a few rows of 8-bit carriers are multiplied as float32, which is faster there, where no sum can exceed 2**24:
+exact, too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from jaxq.qtensor import Granularity, Grid, QTensor, pytree, static
 Products = Literal["by_device", "int8", "float", "decoded"]
 
 EXACT = 2**24  # float32 holds all integers up to it
+FEW_ROWS = 32  # so many rows are as fast in int8 as in float32 on CPU
 
 
 @pytree
@@ -139,13 +141,14 @@ def product(x: Integers, w: Integers, sums: jax.Array | None, products: Products
 def _int8_product(x: Integers, w: Integers, sums: jax.Array | None, products: Products) -> jax.Array:
     """XW is exact; centers come after, in float32: (X + a)(W + b) = XW + a (sum(W) + K b) + b sum(X)."""
     assert x.bound is not None and w.bound is not None
-    exact = x.values.shape[1] * x.bound * w.bound <= EXACT
-    y = _exact_dot(x.values, w.values, exact and products == "by_device")
+    rows, depth = x.values.shape
+    float_on_cpu = products == "by_device" and rows < FEW_ROWS and depth * x.bound * w.bound <= EXACT
+    y = _exact_dot(x.values, w.values, float_on_cpu)
     if x.center is not None:
         if sums is None:
             sums = w.values.sum(0, dtype=jnp.int32, keepdims=True)
         total = sums.astype(jnp.float32)
-        y = y + x.center * (total if w.center is None else total + x.values.shape[1] * w.center)
+        y = y + x.center * (total if w.center is None else total + depth * w.center)
     if w.center is not None:
         y = y + x.values.sum(1, keepdims=True) * w.center
     return y
