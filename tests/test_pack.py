@@ -319,7 +319,8 @@ def mlp(p, x):
 params, x = {"up": weight(0, 256, 64), "down": weight(1, 64, 32)}, normal(2, 16, 256)
 mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 columns = lambda a: NamedSharding(mesh, P(None, "model") if a.ndim == 2 and a.shape[1] > 1 else P())
-for weights, inputs in [(jaxq.Int(8), jaxq.Int(8, symmetric=False)), (jaxq.Float(2, 1), jaxq.Float(2, 1)), (jaxq.Int(3), None)]:
+int8, e2m1 = jaxq.Int(8, symmetric=False), jaxq.Float(2, 1)
+for weights, inputs in [(jaxq.Int(8), int8), (e2m1, e2m1), (jaxq.Int(3), None)]:
     q = jaxq.calibrate(mlp, params, [x], jaxq.quantize(weights, inputs))
     run = jax.jit(jaxq.execute(mlp))
     for tree in (q, jaxq.pack(q)):
