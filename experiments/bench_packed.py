@@ -13,6 +13,7 @@ from time import perf_counter
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 import jaxq
 from jaxq import Int, models
@@ -44,7 +45,7 @@ def variants(model: models.Model, tokens: np.ndarray) -> dict[str, tuple]:
         "float32": (jax.jit(model.forward), jax.tree.map(jnp.asarray, model.params)),
         "W8A8 simulated": (run, w8a8),
         "W8A8 packed": (run, jaxq.pack(w8a8)),
-        "W8A8 packed, int8": (jax.jit(jaxq.execute(model.forward, "int8")), jaxq.pack(w8a8)),
+        "W8A8 packed, float": (jax.jit(jaxq.execute(model.forward, "float")), jaxq.pack(w8a8)),
         "W4A16 simulated": (run, w4a16),
         "W4A16 packed": (run, jaxq.pack(w4a16)),
     }
@@ -77,8 +78,6 @@ def main() -> None:
         rows.append((name, 1e3 * float(np.median([r[name] for r in rounds])), ratio, None if np.isnan(bits) else bits))
     title = f"{model.name}: a forward pass of [{args.batch}, {args.length}] tokens on {jax.devices()[0].device_kind}"
     say(f"{args.rounds} rounds, interleaved")
-    from rich.console import Console
-
     Console().print(table(title, ("", "ms", "to float32", "bits per weight"), rows))
 
 

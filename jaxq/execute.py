@@ -50,14 +50,14 @@ class Plan:
         return any(a[: len(at)] == at for a in (*self.contractions, *self.loops) if len(a) > len(at))
 
 
-def execute(forward: Callable, products: Products = "by_device") -> Callable:
+def execute(forward: Callable, products: Products = "int8") -> Callable:
     """The same function, run in low precision where its parameters say so.
 
     Args:
       forward: `forward(params, *inputs) -> outputs`, any traceable function over any pytree of arrays.
       products: how packed weights are multiplied, see `jaxq.kernels.plain`; the results are the same up to the order of
-        accumulation. "by_device": 8-bit products where the numbers fit, of few rows on CPU in float32 if that is exact.
-        "int8": 8-bit products wherever the numbers fit. "float": products in float32, on accelerators in bfloat16.
+        accumulation. "int8": 8-bit products where the numbers fit, else as "float".
+        "float": products in float32, on accelerators in bfloat16.
         "decoded": packed weights are only decoded, and activations fake-quantized, as without `pack`.
 
     Returns:

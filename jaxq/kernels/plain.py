@@ -13,14 +13,12 @@ its smallest step. So a product is one of integers, exact, and the scales of its
 | E2M3               | 60              | yes, without exponents                                   |
 | wider floats       | from 448 on     | no: bfloat16 holds them all exactly; sums in float32     |
 
-On CPU a few rows of 8-bit carriers are multiplied as float32, which is faster there, where no sum can exceed 2**24:
-exact, too.
+On CPU a product of few rows is padded to 16: XLA has fast 8-bit products of matrices there, none of vectors.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -32,10 +30,9 @@ from jaxq.formats import Format, Int, decode, divide, fake_quant
 from jaxq.formats.floating import layout, power_of_two
 from jaxq.qtensor import Granularity, Grid, QTensor, pytree, static
 
-Products = Literal["by_device", "int8", "float", "decoded"]
+Products = Literal["int8", "float", "decoded"]
 
-EXACT = 2**24  # float32 holds all integers up to it
-FEW_ROWS = 32  # so many rows are as fast in int8 as in float32 on CPU
+ROWS_ON_CPU = 16
 
 
 @pytree
@@ -132,44 +129,44 @@ def product(x: Integers, w: Integers, sums: jax.Array | None, products: Products
     depth = x.values.shape[1]
     small = x.bound is not None and max(x.bound, w.bound or 256) <= 128 and depth * 2**14 < 2**31
     in_int8 = small and products != "float"
-    y = _int8_product(x, w, sums, products) if in_int8 else _float_product(x, w, precision)
+    y = _int8_product(x, w, sums) if in_int8 else _float_product(x, w, precision)
     for scale in (x.scale, w.scale):
         y = y if scale is None else y * scale
     return y
 
 
-def _int8_product(x: Integers, w: Integers, sums: jax.Array | None, products: Products) -> jax.Array:
+def _int8_product(x: Integers, w: Integers, sums: jax.Array | None) -> jax.Array:
     """XW is exact; centers come after, in float32: (X + a)(W + b) = XW + a (sum(W) + K b) + b sum(X)."""
     assert x.bound is not None and w.bound is not None
-    rows, depth = x.values.shape
-    float_on_cpu = products == "by_device" and rows < FEW_ROWS and depth * x.bound * w.bound <= EXACT
-    y = _exact_dot(x.values, w.values, float_on_cpu)
+    y = _exact_dot(x.values, w.values)
     if x.center is not None:
         if sums is None:
             sums = w.values.sum(0, dtype=jnp.int32, keepdims=True)
         total = sums.astype(jnp.float32)
-        y = y + x.center * (total if w.center is None else total + depth * w.center)
+        y = y + x.center * (total if w.center is None else total + x.values.shape[1] * w.center)
     if w.center is not None:
         y = y + x.values.sum(1, keepdims=True) * w.center
     return y
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _exact_dot(x: jax.Array, w: jax.Array, float_on_cpu: bool) -> jax.Array:
+@jax.custom_jvp
+def _exact_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [M, K] of float32, whole numbers that fit int8, times w [K, N] of int8; differentiable by x."""
+    rows = x.shape[0]
 
     def in_int8(x: jax.Array, w: jax.Array) -> jax.Array:
         return _dot(x.astype(jnp.int8), w, jnp.int32).astype(jnp.float32)
 
-    if not float_on_cpu:
-        return in_int8(x, w)
-    return lax.platform_dependent(x, w, cpu=lambda x, w: _dot(x, w.astype(jnp.float32)), default=in_int8)
+    def padded(x: jax.Array, w: jax.Array) -> jax.Array:
+        return in_int8(jnp.pad(x, ((0, ROWS_ON_CPU - rows), (0, 0))), w)[:rows]
+
+    return in_int8(x, w) if rows >= ROWS_ON_CPU else lax.platform_dependent(x, w, cpu=padded, default=in_int8)
 
 
 @_exact_dot.defjvp
-def _exact_dot_jvp(float_on_cpu: bool, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+def _exact_dot_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     x, w = primals
-    return _exact_dot(x, w, float_on_cpu), _dot(tangents[0], w.astype(jnp.float32))
+    return _exact_dot(x, w), _dot(tangents[0], w.astype(jnp.float32))
 
 
 def _float_product(x: Integers, w: Integers, precision: Any) -> jax.Array:
