@@ -4,7 +4,8 @@ from jaxq.calibrate import calibrate
 from jaxq.execute import execute
 from jaxq.fold import FoldError, fold
 from jaxq.formats import AnyFloat, Float, Int
-from jaxq.qtensor import InputQuant, QTensor, Quantized
+from jaxq.pack import bits_per_weight, pack, unpack
+from jaxq.qtensor import InputQuant, Packed, QTensor, Quantized
 from jaxq.quantizer import (
     Quantizer,
     mxfp4,
@@ -44,11 +45,13 @@ __all__ = [
     "FoldError",
     "InputQuant",
     "Int",
+    "Packed",
     "QTensor",
     "Quantized",
     "Quantizer",
     "SiteRow",
     "Sites",
+    "bits_per_weight",
     "calibrate",
     "chain",
     "coarse_to_fine",
@@ -63,6 +66,7 @@ __all__ = [
     "mxfp8",
     "nvfp4",
     "os_plus",
+    "pack",
     "partition",
     "per_channel",
     "per_group",
@@ -74,4 +78,5 @@ __all__ = [
     "sites",
     "skip",
     "smooth_quant",
+    "unpack",
 ]

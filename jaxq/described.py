@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.formats import Format
-from jaxq.qtensor import Granularity, Grid, InputQuant, QTensor, Quantized, Transform
+from jaxq.qtensor import Granularity, Grid, InputQuant, Packed, QTensor, Quantized, Transform
 
 RECORDS = {
     cls.__name__: cls
@@ -22,6 +22,7 @@ RECORDS = {
         Quantized,
         InputQuant,
         QTensor,
+        Packed,
         Grid,
         Transform,
         *get_args(Granularity),

@@ -14,7 +14,7 @@ from jaxq.program.graph import Node
 from jaxq.program.groups import GroupPlan, Layout
 from jaxq.program.trace import named_leaves, replace_leaves, trace
 from jaxq.program.views import pull
-from jaxq.qtensor import InputQuant, QTensor, Quantized, Transform
+from jaxq.qtensor import InputQuant, Quantized, Transform, is_qtensor
 from jaxq.steps.group import through
 
 Leaves = dict[str, Any]
@@ -27,7 +27,7 @@ class FoldError(ValueError):
 def divided(leaf: Any, v: jax.Array) -> Any:
     """A leaf over a spread vector; a quantized one keeps its codes and divides its scales (exact: only its output
     channels are concerned)."""
-    if isinstance(leaf, QTensor):
+    if is_qtensor(leaf):
         coarsest = "scale" if leaf.grid.outer is None else "outer"  # a block's scale stays a number of few bits
         factor = getattr(leaf.grid, coarsest) / v.astype(jnp.float32)
         return replace(leaf, grid=replace(leaf.grid, **{coarsest: factor}))

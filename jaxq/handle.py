@@ -17,7 +17,7 @@ from jaxq.program._compat import quick_jit
 from jaxq.program.groups import GroupPlan
 from jaxq.program.segments import run
 from jaxq.program.tokens import spread_mask
-from jaxq.qtensor import InputQuant, PerTensor, QTensor, Transform
+from jaxq.qtensor import InputQuant, PerTensor, Transform, is_qtensor
 from jaxq.stages import producing
 from jaxq.steps.group import Group
 
@@ -100,7 +100,7 @@ def _gather(place: Place, plan: GroupPlan) -> Group:
     for member in plan.members:
         if member.site.ref is not None:
             leaf = place.leaves.current[_leaf(member.site.path)]
-            weights[member.site.path] = leaf if isinstance(leaf, QTensor) else jnp.asarray(leaf)
+            weights[member.site.path] = leaf if is_qtensor(leaf) else jnp.asarray(leaf)
         if member.bias is not None:
             biases[member.site.path] = jnp.asarray(place.leaves.current[member.bias.path])
     return Group(
@@ -140,7 +140,7 @@ def _finite(a: Any) -> bool:
 
 def _check_finite(group: Group) -> None:
     for path, w in group.weights.items():
-        if not isinstance(w, QTensor) and not _finite(w):
+        if not is_qtensor(w) and not _finite(w):
             raise ValueError(f"{path}: the weight has NaN or infinite values; the checkpoint is damaged")
     for i, x in enumerate(group.x):
         if not _finite(x):

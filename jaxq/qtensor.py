@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from math import prod
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args
 
 import jax
@@ -13,6 +14,7 @@ from jax.export import register_pytree_node_serialization
 
 from jaxq.formats import Format, decode, encode
 from jaxq.formats.floating import power_of_two
+from jaxq.kernels.layout import unpack_codes
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,10 @@ def pytree(cls: type[T]) -> type[T]:
 
 
 def _described(value: Any) -> Any:
-    """A static field as JSON: a format or granularity by its name and fields, a dtype, a tuple of paths, None."""
+    """A static field as JSON: a format or granularity by its name and fields, a dtype, a tuple, an integer, None."""
     if isinstance(value, get_args(Granularity) + FORMATS):
         return {"type": type(value).__name__, "fields": asdict(value)}
-    if value is None or isinstance(value, tuple):
+    if value is None or isinstance(value, tuple | int):
         return value
     return {"dtype": jnp.dtype(value).name}
 
@@ -89,8 +91,10 @@ def _described(value: Any) -> Any:
 def _restored(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
-    if value is None or "dtype" in value:
-        return value and jnp.dtype(value["dtype"])
+    if value is None or isinstance(value, int):
+        return value
+    if "dtype" in value:
+        return jnp.dtype(value["dtype"])
     known = {cls.__name__: cls for cls in get_args(Granularity) + FORMATS}
     return known[value["type"]](**value["fields"])
 
@@ -164,6 +168,54 @@ class QTensor:
         return values.astype(self.dtype)
 
 
+@pytree
+class Packed:
+    """A `QTensor` whose codes lie in memory as `jaxq.kernels.layout` says: what `jaxq.pack` makes of it.
+
+    The codes of a [*lead, *rows, *columns] weight are planes of uint8 [*lead, bytes, columns], packed along `rows`, the
+    axes that an output channel sums over; a table of [*lead, row], whose rows are looked up, has planes [*lead, bytes].
+    Everything else is the QTensor's. `sums` (int32, of the leaf's rank, 1 along `rows`) holds the sums of the integers
+    over `rows`, by which zero points of activations are corrected; None where no activation has one. `reach` is how
+    much the exponents of one weight differ at most.
+    """
+
+    planes: tuple[jax.Array, ...]
+    grid: Grid
+    format: Format = static()
+    rows: tuple[int, ...] = static()
+    columns: tuple[int, ...] = static()
+    dtype: Any = static(default=jnp.float32)
+    exponents: jax.Array | None = None
+    sums: jax.Array | None = None
+    reach: int = static(default=0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Under `shard_map` the shape of the shard, hence the first of the columns is counted."""
+        others = self.columns[1:]
+        columns = (self.planes[0].shape[-1] // prod(others), *others) if self.columns else ()
+        lead = self.planes[0].shape[: self.planes[0].ndim - 1 - bool(self.columns)]
+        return (*lead, *self.rows, *columns)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def unpack(self) -> QTensor:
+        """The QTensor that was packed, bit for bit."""
+        planes = self.planes if self.columns else tuple(plane[..., None] for plane in self.planes)
+        codes = unpack_codes(planes, self.format.bits, prod(self.rows)).reshape(self.shape)
+        if self.format.code_dtype == jnp.int8:  # two's complement: the sign bit moves to the top and back
+            above = 8 - self.format.bits
+            codes = jax.lax.bitcast_convert_type(codes << above if above else codes, jnp.int8)
+            codes = codes >> above if above else codes
+        return QTensor(codes, self.grid, format=self.format, dtype=self.dtype, exponents=self.exponents)
+
+    def dequantize(self) -> jax.Array:
+        """The array this leaf stands for."""
+        return self.unpack().dequantize()
+
+
 def quantize_array(w: jax.Array, fmt: Format, grid: Grid) -> QTensor:
     """Encodes `w` on `grid`; `dequantize` of the result is the fake-quantized `w`, bit for bit."""
     spread = grid.over(w.shape)
@@ -210,7 +262,8 @@ class Quantized:
 
 
 def is_qtensor(leaf: Any) -> bool:
-    return isinstance(leaf, QTensor)
+    """Whether a leaf of a parameter tree holds codes, packed or not."""
+    return isinstance(leaf, QTensor | Packed)
 
 
 def logical(tree: Any) -> Any:

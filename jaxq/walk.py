@@ -17,7 +17,7 @@ from jaxq.program.groups import GroupPlan, Layout
 from jaxq.program.segments import Segment
 from jaxq.program.tokens import Labels, label
 from jaxq.program.views import View, look
-from jaxq.qtensor import InputQuant, QTensor, Transform
+from jaxq.qtensor import InputQuant, Packed, QTensor, Transform, is_qtensor
 from jaxq.stages import Ahead, Stage, run, stages
 from jaxq.steps.group import Group, Spec, Step
 
@@ -93,7 +93,7 @@ class Place:
         if v in graph.refs:
             ref = graph.refs[v]
             leaf = (self.leaves.original if original else self.leaves.current)[ref.path]
-            return _decoded()(leaf, ref.views) if isinstance(leaf, QTensor) else look(ref.views, jnp.asarray(leaf))
+            return _decoded()(leaf, ref.views) if is_qtensor(leaf) else look(ref.views, jnp.asarray(leaf))
         if v in graph.consts:
             return graph.consts[v]
         return self.envs[m][v]
@@ -109,7 +109,7 @@ def walk_graph(place: Place, bodies: dict[int, list[Labels]]) -> list[list[Any]]
 
 
 @_compat.quick_jit(static_argnums=1)
-def _decoded(leaf: QTensor, views: tuple[View, ...]) -> jax.Array:
+def _decoded(leaf: QTensor | Packed, views: tuple[View, ...]) -> jax.Array:
     return look(views, leaf.dequantize())
 
 

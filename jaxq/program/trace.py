@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr
 from jaxq.program import _compat
 from jaxq.program.graph import Ref, build
 from jaxq.program.groups import Layout, lay_out
-from jaxq.qtensor import is_qtensor
+from jaxq.qtensor import Packed, is_qtensor
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ def replace_leaves(params: Any, leaves: dict[str, Any]) -> Any:
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """The logical shape and dtype of a leaf, without reading it."""
+    if isinstance(leaf, Packed):
+        first = _compat.shape_of(leaf.planes[0], leaf.dtype)
+        under_mesh = getattr(first, "sharding", None) is not None
+        return jax.eval_shape(leaf.dequantize) if under_mesh else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     if is_qtensor(leaf):
         return _compat.shape_of(leaf.codes, leaf.dtype)
     if isinstance(leaf, jax.Array):

@@ -1,0 +1,186 @@
+"""Products of low-bit numbers in plain jnp: what every kernel means, and what runs where there is none.
+
+An operand is integers times a scale, whatever its format: an integer's code less the zero point, a float in units of
+its smallest step. So a product is one of integers, exact, and the scales of its rows and columns come after it:
+
+    y[m, n] = (sum over k of X[m, k] W[k, n]) * scale_x[m] * scale_w[n]
+
+| format             | largest integer | 8-bit carriers, sums in int32                            |
+|--------------------|-----------------|----------------------------------------------------------|
+| Int(b)             | 2**(b-1) - 1    | yes                                                      |
+| Int(b), asymmetric | 2**(b-1)        | yes: codes less 2**(b-1), the zero points come after     |
+| E1M2, E2M1, E3M0   | 7, 12, 64       | yes; E2M1's activations with exponents: 96; E1M2's: 14   |
+| E2M3               | 60              | yes, without exponents                                   |
+| wider floats       | from 448 on     | no: bfloat16 holds them all exactly; sums in float32     |
+
+On CPU a product of few rows is padded to 16: XLA has fast 8-bit products of matrices there, none of vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxq.contraction import dynamic_grid
+from jaxq.formats import Format, Int, decode, divide, fake_quant
+from jaxq.formats.floating import layout, power_of_two
+from jaxq.qtensor import Granularity, Grid, QTensor, pytree, static
+
+Products = Literal["int8", "float", "decoded"]
+
+ROWS_ON_CPU = 16
+
+
+@pytree
+class Integers:
+    """`(values + center) * scale`, of whole numbers unless `bound`, the largest magnitude of `values`, is None.
+
+    `center` (None: 0) is what brings an asymmetric integer's codes around 0, so that 8 bits hold them.
+    """
+
+    values: jax.Array
+    scale: jax.Array | None = None
+    center: jax.Array | None = None
+    bound: int | None = static(default=None)
+
+    @property
+    def centered(self) -> jax.Array:
+        return self.values if self.center is None else self.values + self.center.astype(self.values.dtype)
+
+
+def weight_integers(leaf: QTensor) -> Integers:
+    """A weight's integers, of the leaf's shape: int8 where they fit, else float32. Its exponents are left to x."""
+    fmt, bound = leaf.format, largest_integer(leaf.format)
+    if isinstance(fmt, Int):
+        middle = _middle(fmt)
+        values = leaf.codes if middle == 0 else (leaf.codes.astype(jnp.int16) - middle).astype(jnp.int8)
+        zero = leaf.grid.zero
+        return Integers(values, leaf.grid.over(leaf.shape).scale, None if zero is None else middle - zero, bound=bound)
+    grid = leaf.grid.over(leaf.shape)
+    finest = _finest(fmt, grid.mantissa, leaf.ndim)
+    values = decode(fmt, leaf.codes, power_of_two(-finest), None, grid.mantissa)
+    if bound <= 127:
+        values = values.astype(jnp.int8)
+    return Integers(values, grid.scale * power_of_two(finest), bound=bound)
+
+
+def activation_integers(
+    x: jax.Array, fmt: Format, granularity: Granularity, grid: Grid | None, axes: tuple[int, ...]
+) -> Integers:
+    """An activation's integers, float32 of the shape of x; they are what `quantize_activation` makes of it, over the
+    scale. Gradients pass the rounding straight through."""
+    if grid is None:
+        grid = dynamic_grid(lax.stop_gradient(x), fmt, granularity, axes)
+    grid = grid.over(x.shape)
+    ratio, one = divide(x.astype(jnp.float32), grid.scale), jnp.ones((1,) * x.ndim)
+    values = fake_quant(fmt, ratio, one, grid.zero, grid.mantissa)
+    if isinstance(fmt, Int):
+        center = None if grid.zero is None else _middle(fmt) - grid.zero
+        return Integers(values if center is None else values - center, grid.scale, center, largest_integer(fmt))
+    finest = _finest(fmt, grid.mantissa, x.ndim)
+    scale = grid.scale * power_of_two(finest)
+    return Integers(values * power_of_two(-finest), scale, bound=largest_integer(fmt))
+
+
+def largest_integer(fmt: Format) -> int:
+    """The largest magnitude among a format's integers; of an `AnyFloat`, whatever its split."""
+    if isinstance(fmt, Int):
+        return 2 ** (fmt.bits - 1) - fmt.symmetric
+    return max(int(f.largest * 2.0 ** (f.mantissa_bits - 1 + f.bias)) for f in fmt.splits)
+
+
+def _middle(fmt: Int) -> int:
+    return 0 if fmt.symmetric else 2 ** (fmt.bits - 1)
+
+
+def _finest(fmt: Any, mantissa: jax.Array | None, ndim: int) -> jax.Array:
+    """The exponent of a float format's smallest step at scale 1, int32 of rank `ndim`."""
+    m, lowest, _ = layout(fmt, mantissa)
+    finest = jnp.asarray(lowest - m, jnp.int32)
+    return finest.reshape((1,) * (ndim - finest.ndim) + finest.shape)
+
+
+# Products of [M, K] and [K, N] ----------------------------------------------------------------------------------------
+
+
+def shifted(x: Integers, exponents: jax.Array, reach: int) -> Integers:
+    """x with the weight's exponents [1, K], which differ by `reach` at most: integers again, and a scale."""
+    least = exponents.min().astype(jnp.int32)
+    factor = power_of_two(exponents.astype(jnp.int32) - least)
+    bound = None if x.bound is None else (x.bound * (2 if x.center is not None else 1)) << reach
+    scale = power_of_two(least).reshape(1, 1)
+    values = x.centered * factor.astype(x.values.dtype)
+    return Integers(values, scale if x.scale is None else x.scale * scale, None, bound)
+
+
+def product(x: Integers, w: Integers, sums: jax.Array | None, products: Products, precision: Any = None) -> jax.Array:
+    """y [M, N], float32.
+
+    Args:
+      x: values [M, K], scale and center [M, 1] or [1, 1]. With `bound` None they are no integers, of any float dtype.
+      w: values [K, N] of int8 or float32, scale and center [1, N] or [1, 1].
+      sums: of w's values over k, int32 [1, N]; None where they are not known beforehand.
+      precision: as for `lax.dot_general`; of use for activations that are no integers.
+    """
+    depth = x.values.shape[1]
+    small = x.bound is not None and max(x.bound, w.bound or 256) <= 128 and depth * 2**14 < 2**31
+    in_int8 = small and products != "float"
+    y = _int8_product(x, w, sums) if in_int8 else _float_product(x, w, precision)
+    for scale in (x.scale, w.scale):
+        y = y if scale is None else y * scale
+    return y
+
+
+def _int8_product(x: Integers, w: Integers, sums: jax.Array | None) -> jax.Array:
+    """XW is exact; centers come after, in float32: (X + a)(W + b) = XW + a (sum(W) + K b) + b sum(X)."""
+    assert x.bound is not None and w.bound is not None
+    y = _exact_dot(x.values, w.values)
+    if x.center is not None:
+        if sums is None:
+            sums = w.values.sum(0, dtype=jnp.int32, keepdims=True)
+        total = sums.astype(jnp.float32)
+        y = y + x.center * (total if w.center is None else total + x.values.shape[1] * w.center)
+    if w.center is not None:
+        y = y + x.values.sum(1, keepdims=True) * w.center
+    return y
+
+
+@jax.custom_jvp
+def _exact_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [M, K] of float32, whole numbers that fit int8, times w [K, N] of int8; differentiable by x."""
+    rows = x.shape[0]
+
+    def in_int8(x: jax.Array, w: jax.Array) -> jax.Array:
+        return _dot(x.astype(jnp.int8), w, jnp.int32).astype(jnp.float32)
+
+    def padded(x: jax.Array, w: jax.Array) -> jax.Array:
+        return in_int8(jnp.pad(x, ((0, ROWS_ON_CPU - rows), (0, 0))), w)[:rows]
+
+    return in_int8(x, w) if rows >= ROWS_ON_CPU else lax.platform_dependent(x, w, cpu=padded, default=in_int8)
+
+
+@_exact_dot.defjvp
+def _exact_dot_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    x, w = primals
+    return _exact_dot(x, w), _dot(tangents[0], w.astype(jnp.float32))
+
+
+def _float_product(x: Integers, w: Integers, precision: Any) -> jax.Array:
+    """In the activation's own dtype; of integers, in bfloat16, which holds them, or on CPU in float32."""
+    if x.bound is None:
+        dtype = jnp.float32 if x.values.dtype == jnp.float16 else x.values.dtype  # float16 does not hold all of them
+        return _dot(x.centered.astype(dtype), w.centered.astype(dtype), precision=precision)
+
+    def multiply(dtype: Any) -> Any:
+        return lambda x, w: _dot(x.astype(dtype), w.astype(dtype))
+
+    w = replace(w, values=w.values.astype(jnp.float32))
+    return lax.platform_dependent(x.centered, w.centered, cpu=multiply(jnp.float32), default=multiply(jnp.bfloat16))
+
+
+def _dot(x: jax.Array, w: jax.Array, accumulate: Any = jnp.float32, precision: Any = None) -> jax.Array:
+    return lax.dot(x, w, precision=precision, preferred_element_type=accumulate)

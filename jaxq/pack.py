@@ -1,0 +1,113 @@
+"""`pack`: the codes of a quantized model as few bits in memory, and what they weigh."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxq.formats import Int
+from jaxq.kernels.layout import pack_codes
+from jaxq.kernels.plain import weight_integers
+from jaxq.program.trace import path_name
+from jaxq.qtensor import InputQuant, Packed, QTensor, Quantized, is_qtensor
+
+
+def pack(qparams: Any) -> Any:
+    """The same model with its codes packed: codes of b bits take b bits. `execute` multiplies with them as they are.
+
+    Args:
+      qparams: what `calibrate` returned, or any tree with `QTensor` leaves. Leaves that are packed already, or that are
+        arrays, stay as they are.
+
+    Returns:
+      A tree of the same structure with a `Packed` leaf for each `QTensor`: for `jit`, Orbax, `jax.export` and sharding
+      a few arrays. `unpack` gives the QTensors back, bit for bit.
+
+    Raises:
+      TypeError: under a transformation: what is packed must be at hand.
+    """
+    inputs = qparams.inputs if isinstance(qparams, Quantized) else {}
+    params = qparams.params if isinstance(qparams, Quantized) else qparams
+    corrected = {site.partition("#")[0] for quant in inputs.values() if _has_zero(quant) for site in quant.sites}
+
+    def new(keys: tuple[Any, ...], leaf: Any) -> Any:
+        return _pack(leaf, path_name(keys) in corrected) if isinstance(leaf, QTensor) else leaf
+
+    packed = jax.tree_util.tree_map_with_path(new, params, is_leaf=is_qtensor)
+    return replace(qparams, params=packed) if isinstance(qparams, Quantized) else packed
+
+
+def unpack(qparams: Any) -> Any:
+    """What `pack` was given, bit for bit."""
+    return jax.tree.map(lambda leaf: _unpack(leaf) if isinstance(leaf, Packed) else leaf, qparams, is_leaf=is_qtensor)
+
+
+_unpack = jax.jit(Packed.unpack)
+
+
+def bits_per_weight(qparams: Any) -> float:
+    """What the quantized weights of a model take in memory: the bits of all that they consist of, for each number.
+
+    4-bit codes take 4, and their scales (zero points, exponents, sums) what they add to it; an unpacked QTensor's codes
+    take 8. NaN where nothing is quantized.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(qparams, is_leaf=is_qtensor) if is_qtensor(leaf)]
+    numbers = sum(prod(leaf.shape) for leaf in leaves)
+    return 8 * sum(a.nbytes for a in jax.tree.leaves(leaves)) / numbers if numbers else float("nan")
+
+
+def _has_zero(quant: InputQuant) -> bool:
+    return isinstance(quant.format, Int) and not quant.format.symmetric
+
+
+def _pack(leaf: QTensor, sums: bool) -> Packed:
+    if any(isinstance(a, Tracer) for a in jax.tree.leaves(leaf)):
+        raise TypeError("pack: the codes are not at hand under jit or another transformation; call it outside")
+    start, stop = _rows(leaf)
+    reach = 0
+    if leaf.exponents is not None:
+        exponents = np.asarray(leaf.exponents)
+        reach = int(exponents.max()) - int(exponents.min())
+    return _packed(leaf, start, stop, sums and isinstance(leaf.format, Int), reach)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _packed(leaf: QTensor, start: int, stop: int, sums: bool, reach: int) -> Packed:
+    shape, bits = leaf.shape, leaf.format.bits
+    rows, columns = shape[start:stop], shape[stop:]
+    codes = jax.lax.bitcast_convert_type(leaf.codes, jnp.uint8) & jnp.uint8(2**bits - 1)
+    planes = pack_codes(codes.reshape(*shape[:start], prod(rows), prod(columns)), bits)
+    if not columns:
+        planes = tuple(plane[..., 0] for plane in planes)
+    total = None
+    if sums:
+        whole = tuple(range(start, stop))
+        total = weight_integers(leaf).values.sum(whole, dtype=jnp.int32, keepdims=True)
+    return Packed(planes, leaf.grid, leaf.format, rows, columns, leaf.dtype, leaf.exponents, total, reach)
+
+
+def _rows(leaf: QTensor) -> tuple[int, int]:
+    """The axes that an output channel sums over, next to each other: what the leaf is packed along.
+
+    They are where the grid is shared or has one number for each group. Where it is shared by all of a weight nothing
+    can be told from it, and it is the last axis but one, as Flax has it. No product depends on this, only its speed.
+    """
+    shape, grid = leaf.shape, leaf.grid.scale.shape
+    if len(shape) < 2:
+        return 0, len(shape)
+    grouped = [i for i, (n, m) in enumerate(zip(shape, grid)) if 1 < m < n]
+    if grouped:
+        return grouped[-1], grouped[-1] + 1
+    shared = [i for i, (n, m) in enumerate(zip(shape, grid)) if m == 1 < n]
+    stop = shared[-1] + 1 if shared else len(shape) - 1
+    start = stop - 1
+    while start - 1 in shared:
+        start -= 1
+    return (start, stop) if stop < len(shape) or stop - start == 1 else (len(shape) - 2, len(shape) - 1)

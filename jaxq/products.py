@@ -1,0 +1,107 @@
+"""Contractions and look-ups of packed weights: from the program's axes to the matrices of `jaxq.kernels`, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxq.contraction import transform
+from jaxq.kernels.plain import Integers, Products, activation_integers, product, shifted, weight_integers
+from jaxq.program.sites import Site
+from jaxq.program.views import View
+from jaxq.qtensor import InputQuant, Packed, PerGroup
+
+
+def multiplies(site: Site, leaf: Packed, quant: InputQuant | None) -> bool:
+    """Whether a site's product is one of integers with one scale for each row and column: a matrix product whose grids
+    are shared along what it sums over. Others take the decoded weight."""
+    if site.kind != "linear" or site.experts or site.operands.experts:
+        return False
+    grids = jax.tree.leaves(leaf.grid)
+    shared = all(a.ndim == leaf.ndim and a.shape[i] == 1 for a in grids for i in site.leaf_axes)
+    if leaf.exponents is not None:
+        shared &= all(n == 1 for i, n in enumerate(leaf.exponents.shape) if i not in site.leaf_axes)
+    if quant is None or quant.format is None:
+        return shared
+    numbers = jax.tree.leaves(quant.grid)
+    return shared and not isinstance(quant.granularity, PerGroup) and all(a.size == 1 for a in numbers)
+
+
+def read_input(quant: InputQuant | None, x: jax.Array, axes: Sequence[int]) -> Integers:
+    """What the products of a group read in place of the activation `x`: as `apply_input`, in integers."""
+    if quant is None:
+        return Integers(x)
+    x = transform(x, quant.shift, quant.scale, axes)
+    if quant.format is None:
+        return Integers(x)
+    return activation_integers(x, quant.format, quant.granularity, quant.grid, tuple(axes))
+
+
+def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products) -> jax.Array:
+    """The result of a `dot_general` of an activation and a packed weight; whichever of them comes first."""
+    ops, out = site.operands, eqn.outvars[0].aval
+    views = site.ref.views if site.ref else ()
+    free = [i for i in range(x.values.ndim) if i not in ops.x_axes]
+    kept = [i for i in range(len(site.shapes[ops.w])) if i not in ops.w_axes]
+    integers = weight_integers(leaf.unpack())
+    # Of x [tokens, channels], of w [channels, columns]; what has one number for a whole axis has it still.
+    rows = _each(x, lambda a: _matrix(a, free, ops.x_axes))
+    columns = _each(integers, lambda a: _matrix(_seen(views, a), ops.w_axes, kept))
+    if leaf.exponents is not None:
+        exponents = _matrix(_seen(views, leaf.exponents), kept, ops.w_axes)
+        rows = shifted(rows, exponents, leaf.reach)
+    sums = leaf.sums
+    if sums is not None:
+        fits = all(sums.shape[i] == 1 for i in site.leaf_axes)
+        sums = _matrix(_seen(views, sums), ops.w_axes, kept) if fits else None
+    y = product(rows, columns, sums, products, eqn.params["precision"]).astype(out.dtype)
+    return y.reshape(out.shape) if ops.x == 0 else y.T.reshape(out.shape)
+
+
+def _each(x: Integers, f: Callable[[jax.Array], jax.Array]) -> Integers:
+    return jax.tree.map(f, x)
+
+
+def _matrix(a: jax.Array, first: Sequence[int], then: Sequence[int]) -> jax.Array:
+    """`a` as a matrix, its axes `first` before its axes `then`."""
+    return a.transpose([*first, *then]).reshape(prod(a.shape[i] for i in first), -1)
+
+
+def _seen(views: tuple[View, ...], a: jax.Array) -> jax.Array:
+    """A leaf's integers, or what broadcasts against them, as the contraction sees the leaf; casts aside."""
+    for view in views:
+        a = view.forward(a)
+    return a
+
+
+# Look-ups -------------------------------------------------------------------------------------------------------------
+
+
+def looks_up(eqn: Any, site: Site, leaf: Packed) -> bool:
+    """Whether a gather picks whole rows of a table that is packed along its rows."""
+    numbers, params = eqn.params["dimension_numbers"], eqn.params
+    rows = (numbers.start_index_map, numbers.collapsed_slice_dims) == ((0,), (0,)) and not numbers.operand_batching_dims
+    last = tuple(numbers.offset_dims) == (eqn.outvars[0].aval.ndim - 1,)
+    plain = site.ref is not None and not site.ref.views and leaf.exponents is None and params["fill_value"] is None
+    plain &= leaf.grid.outer is None
+    return plain and rows and last and not leaf.columns and tuple(params["slice_sizes"]) == (1, *leaf.rows)
+
+
+def look_up(eqn: Any, leaf: Packed, indices: jax.Array) -> jax.Array:
+    """The rows that a gather picks, decoded: only they are."""
+    params = {k: v for k, v in eqn.params.items() if k != "slice_sizes"}
+    height = leaf.shape[0]
+
+    def pick(a: jax.Array) -> jax.Array:
+        return lax.gather(a, indices, slice_sizes=(1, a.shape[1]), **params)
+
+    # One scale for each row, so that an index out of bounds finds NaN where the gather would have found it.
+    scale = jnp.broadcast_to(leaf.grid.scale, (height, leaf.grid.scale.shape[1]))
+    grid = jax.tree.map(lambda a: pick(a) if a.shape[0] == height else a, replace(leaf.grid, scale=scale))
+    return replace(leaf, planes=tuple(map(pick, leaf.planes)), grid=grid).dequantize()
