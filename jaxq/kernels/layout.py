@@ -1,0 +1,111 @@
+"""How codes of 2 to 8 bits lie in bytes: `codes` uint8 [..., K, N], K the axis that a product sums over.
+
+The bits of a code are split over *planes* of 8, 4, 2 or 1 bits, the widest first and with the lowest bits:
+
+| bits | planes  | bits of a code in them | bytes for each [K] column |
+|------|---------|------------------------|---------------------------|
+| 2    | 2       | 0-1                    | K/4                       |
+| 3    | 2, 1    | 0-1, 2                 | K/4 + K/8                 |
+| 4    | 4       | 0-3                    | K/2                       |
+| 5    | 4, 1    | 0-3, 4                 | K/2 + K/8                 |
+| 6    | 4, 2    | 0-3, 4-5               | K/2 + K/4                 |
+| 7    | 4, 2, 1 | 0-3, 4-5, 6            | K/2 + K/4 + K/8           |
+| 8    | 8       | 0-7                    | K                         |
+
+A plane of `w` bits is uint8 [..., bytes, N]. K is cut into blocks of 256 codes, a block into p = 8 / w equal parts, and
+byte j of a block holds the j-th code of each part, the first part in the lowest bits:
+
+| w | parts  | byte j of a block of 256 codes                                            |
+|---|--------|---------------------------------------------------------------------------|
+| 8 | 1      | code[j]                                                j = 0 .. 255       |
+| 4 | 2      | code[j] | code[128 + j] << 4                           j = 0 .. 127       |
+| 2 | 4      | code[j] | code[64 + j] << 2 | ... | code[192 + j] << 6  j = 0 .. 63       |
+| 1 | 8      | code[j] | code[32 + j] << 1 | ... | code[224 + j] << 7  j = 0 .. 31       |
+
+Where 256 does not divide K, the last block is shorter: its K % 256 codes, followed by zeros up to a multiple of p, in p
+equal parts. Rows of 128 codes stay together, so that kernels read activations in whole vectors and interleave nothing,
+and K can be sharded in multiples of 256.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 256
+WIDTHS = (8, 4, 2, 1)
+
+
+def widths(bits: int) -> tuple[int, ...]:
+    """The widths of the planes that hold codes of 2 to 8 bits."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"codes of {bits} bits; possible are 2 to 8")
+    return tuple(w for w in WIDTHS if bits & w)
+
+
+def plane_rows(k: int, width: int) -> int:
+    """How many bytes a plane of `width` bits has for `k` codes."""
+    parts = 8 // width
+    return k // BLOCK * BLOCK // parts + -(-(k % BLOCK) // parts)
+
+
+def pack_codes(codes: jax.Array, bits: int) -> tuple[jax.Array, ...]:
+    """The planes of `codes`, uint8 [..., K, N] with values below `2**bits`: see the table above."""
+    planes, below = [], 0
+    for width in widths(bits):
+        planes.append(_pack_plane((codes >> below) & (2**width - 1), width))
+        below += width
+    return tuple(planes)
+
+
+def unpack_codes(planes: tuple[jax.Array, ...], bits: int, k: int) -> jax.Array:
+    """The codes, uint8 [..., k, N], of which `pack_codes` made `planes`.
+
+    Raises:
+        ValueError: the planes are not those of `k` codes of `bits` bits.
+    """
+    want = [plane_rows(k, width) for width in widths(bits)]
+    if [plane.shape[-2] for plane in planes] != want:
+        found = [plane.shape[-2] for plane in planes]
+        raise ValueError(f"planes of {found} rows are not those of {k} codes of {bits} bits: they have {want} rows")
+    codes, below = jnp.uint8(0), 0
+    for plane, width in zip(planes, widths(bits)):
+        codes = codes | (_unpack_plane(plane, width, k) << below)
+        below += width
+    return codes
+
+
+def _pack_plane(codes: jax.Array, width: int) -> jax.Array:
+    parts, whole = 8 // width, codes.shape[-2] // BLOCK * BLOCK
+    if parts == 1:
+        return codes
+    body, rest = codes[..., :whole, :], codes[..., whole:, :]
+    missing = -rest.shape[-2] % parts
+    rest = jnp.pad(rest, [(0, 0)] * (codes.ndim - 2) + [(0, missing), (0, 0)])
+    pieces = [_join(a, blocks, width) for a, blocks in ((body, whole // BLOCK), (rest, 1)) if a.shape[-2]]
+    return jnp.concatenate(pieces, -2) if pieces else codes
+
+
+def _join(codes: jax.Array, blocks: int, width: int) -> jax.Array:
+    """Blocks of equal length: the parts of each on top of each other."""
+    *lead, k, n = codes.shape
+    parts = codes.reshape(*lead, blocks, 8 // width, k * width // 8 // blocks, n)
+    shifted = [parts[..., i, :, :] << (i * width) for i in range(8 // width)]
+    return sum(shifted[1:], shifted[0]).reshape(*lead, k * width // 8, n)
+
+
+def _unpack_plane(plane: jax.Array, width: int, k: int) -> jax.Array:
+    parts, whole = 8 // width, k // BLOCK * BLOCK // (8 // width)
+    if parts == 1:
+        return plane
+    body, rest = plane[..., :whole, :], plane[..., whole:, :]
+    pieces = [_split(a, blocks, width) for a, blocks in ((body, k // BLOCK), (rest, 1)) if a.shape[-2]]
+    codes = jnp.concatenate(pieces, -2) if pieces else plane
+    return codes[..., :k, :]
+
+
+def _split(plane: jax.Array, blocks: int, width: int) -> jax.Array:
+    *lead, rows, n = plane.shape
+    bytes_ = plane.reshape(*lead, blocks, rows // blocks, n)
+    parts = [(bytes_ >> (i * width)) & (2**width - 1) for i in range(8 // width)]
+    return jnp.stack(parts, -3).reshape(*lead, rows * 8 // width, n)
