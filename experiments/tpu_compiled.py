@@ -27,9 +27,7 @@ from pathlib import Path
 
 DUMP = Path(tempfile.mkdtemp(prefix="tpu_compiled_"))
 # Before JAX is imported: libtpu reads it once. The rest only keeps it from asking for a TPU.
-os.environ["LIBTPU_INIT_ARGS"] = (
-    f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
-)
+os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
 os.environ.update({"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4"})
 os.environ.update({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "JAX_ENABLE_COMPILATION_CACHE": "0"})
 
@@ -40,7 +38,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxq.formats import Float, Int
 from jaxq.kernels.carrier import float_carrier, int8_carrier
-from jaxq.kernels.matmul import blocks, matmul, plain_matmul
+from jaxq.kernels.packed_matmul import blocks, packed_matmul, plain_packed_matmul
 
 K = N = 4096
 
@@ -75,11 +73,7 @@ def cases(target: str, rows: int) -> dict[str, tuple[Callable, dict]]:
         return {"left": ((1, rows, groups), kind), "right": ((1, groups, N), kind)}
 
     e2m1, int4 = float_carrier(Float(2, 1), jnp.float8_e5m2), float_carrier(Int(4), e4m3)
-    eight = {"w": ((K, N), jnp.int8), "scale": ((1, N), jnp.float32)}
-    f8 = eight | {"w": ((K, N), jnp.float8_e4m3fn), "x": ((rows, K), jnp.float8_e4m3fn)}
     return {
-        "w8a8": (None, a8 | eight | zero(1, jnp.int32)),
-        "w8a8_e4m3": (None, f8 | {"rows": a8["rows"]}),
         "w4a8": (int8_carrier(Int(4)), a8 | packed),
         "w4a8_zero": (int8_carrier(Int(4, symmetric=False)), a8 | packed | zero(1, jnp.int32)),
         "w4a8_g128": (int8_carrier(Int(4)), a8 | grouped),
@@ -101,18 +95,20 @@ def compiled(function: Callable, shapes: dict, device: jax.Device) -> jax.stages
 
 
 def dumped(suffix: str) -> str:
-    return next(file for file in DUMP.iterdir() if file.name.endswith(suffix) and "jaxq_matmul" in file.name).read_text()
+    """The file of the kernel's own program with this name, before which only a number stands."""
+    (file,) = (f for f in DUMP.iterdir() if re.search(rf"-jaxq_\w+\.\d+-\d+-{re.escape(suffix)}$", f.name))
+    return file.read_text()
 
 
 def row(target: str, name: str, rows: int) -> dict:
     spec = TARGETS[target]
     device = topologies.get_topology_desc(platform="tpu", topology_name=spec.topology).devices[0]
     carrier, shapes = cases(target, rows)[name]
-    kernel = compiled(partial(matmul, carrier=carrier), shapes, device)
+    kernel = compiled(partial(packed_matmul, carrier=carrier), shapes, device)
     bundles = int(re.findall(r"total.*?(\d+)", dumped("schedule-analysis_final_bundles.txt"), re.I)[0])
     text = dumped("final_bundles.txt")
     instructions = Counter(re.findall(r"(vmatmul[\w.]*|vmatpush[\w.]*|vmatprep[\w.]*)", text))
-    xla = compiled(partial(plain_matmul, carrier=carrier), shapes, device)
+    xla = compiled(partial(plain_packed_matmul, carrier=carrier), shapes, device)
     kind = jnp.dtype(shapes["x"][1])
     bm, bn = blocks(rows, K, N, kind.itemsize, shapes["w"][0][0])
     step = shapes["w"][0][0] * bn

@@ -1,23 +1,23 @@
-"""Products of an activation with packed 4-bit or with 8-bit weights on the TPU, and what they mean in plain jnp.
+"""Products of an activation with packed 4-bit weights on the TPU, and what they mean in plain jnp.
 
-One kernel for all of them. With c[k, n] the weight's carriers, for groups g of the summed axis:
+One kernel for all of them. With c[k, n] the carriers of the weight's codes and groups g of the summed axis:
 
     y[m, n] = sum_g rows[m, g] * scale[g, n] * (sum_{k in g} x[m, k] c[k, n] / unit - sum_r left[r, m, g] right[r, g, n])
               + bias[n]
 
-| x        | weights                     | carrier        | product        |                                             |
-|----------|-----------------------------|----------------|----------------|---------------------------------------------|
-| int8     | int8 [K, N]                 |                | int32, exact   | W8A8                                        |
-| int8     | 4-bit integers [K/2, N]     | int8           | int32, exact   | W4A8, W4A4 of integers                      |
-| bfloat16 | 4-bit integers or floats    | e4m3 or e5m2   | float32        | W4A16                                       |
-| bfloat16 | 4-bit floats                | e5m2           | float32, exact | W4A4 of floats: x holds elements, see below |
-| e4m3fn   | 4-bit floats                | e4m3fn         | float32, exact | the same where the machine multiplies e4m3  |
-| e4m3fn   | e4m3fn [K, N]               |                | float32        | W8A8 of floats                              |
+| x        | weights          | carrier    | product        |                                                       |
+|----------|------------------|------------|----------------|-------------------------------------------------------|
+| int8     | integers         | int8       | int32, exact   | W4A8, and W4A4 of integers                            |
+| bfloat16 | integers, floats | e4m3, e5m2 | float32        | W4A16                                                 |
+| bfloat16 | floats           | e5m2       | float32, exact | W4A4 of floats: x holds elements times powers of two  |
+| e4m3fn   | floats           | e4m3fn     | float32, exact | the same, where the machine multiplies e4m3fn         |
 
-Zero points are the corrections `left * right`: an activation's times the weight's column sums, a weight's times the
-activation's row sums. LLM-FP4's elements, times powers of two for the weights' exponents, are small integers in units of
-the smallest one: any order of summation gives the same float32 while the sum stays below 2**24 units, for E2M1 with
-exponents 0..3 whenever K <= 14563.
+Zero points are the corrections `left * right`: an activation's times the weight's column sums, a weight's (with the
+carrier's offset) times the activation's row sums. LLM-FP4's elements, times powers of two for the weights' exponents,
+are small integers in units of the smallest one: any order of summation gives the same float32 while the sum stays below
+2**24 units, for E2M1 with exponents 0 to 3 whenever K <= 14563.
+
+8-bit weights have no kernel: XLA multiplies them as they are stored, at the speed of memory, and makes no temporary.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ X_BYTES, W_BYTES = 3 << 20, 1 << 20  # a block of x and of weights; each is in f
 VMEM = 48 << 20
 
 
-def matmul(
+def packed_matmul(
     x: jax.Array,
     w: jax.Array,
     scale: jax.Array,
     *,
-    carrier: Carrier | None = None,
+    carrier: Carrier,
     rows: jax.Array | None = None,
     left: jax.Array | None = None,
     right: jax.Array | None = None,
@@ -51,13 +51,13 @@ def matmul(
     dtype: Any = jnp.float32,
     interpret: Any = False,
 ) -> jax.Array:
-    """The product above as one kernel; `plain_matmul` is its meaning, and bit for bit the same before it is scaled.
+    """The product above as one kernel; `plain_packed_matmul` is its meaning, and bit for bit the same before it is scaled.
 
     Args:
         x: [M, K] int8, bfloat16 or an 8-bit float.
-        w: packed 4-bit codes, uint8 [K/2, N] as in `jaxq.kernels.layout`, or [K, N] of 8 bits as they are multiplied.
+        w: packed 4-bit codes, uint8 [K/2, N], as in `jaxq.kernels.layout`.
         scale: [G, N] float32, G groups of K/G successive channels; 1 is per channel.
-        carrier: what the packed codes become; None for weights of 8 bits.
+        carrier: what the codes become.
         rows: [M, 1] or [M, G] float32, the activation's scales; None is 1.
         left, right: [R, M, G] and [R, G, N], int32 where x is int8, else float32; None is no correction.
         bias: [1, N] float32.
@@ -68,10 +68,10 @@ def matmul(
 
     Raises:
         ValueError: the shapes do not fit each other, or packed codes do not come in whole blocks of 256, groups in
-            multiples of 128: there `plain_matmul` serves.
+            multiples of 128: there `plain_packed_matmul` serves.
     """
     operands = {"x": x, "w": w, "scale": scale, "rows": rows, "left": left, "right": right, "bias": bias}
-    _check(x, w, scale, carrier)
+    _check(x, w, scale)
     (m, k), n = x.shape, w.shape[1]
     bm, bn = blocks(m, k, n, x.dtype.itemsize, w.shape[0])
     specs = {
@@ -93,7 +93,7 @@ def matmul(
         out_shape=jax.ShapeDtypeStruct((m, n), dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM),
         cost_estimate=pl.CostEstimate(flops=2 * m * k * n, transcendentals=0, bytes_accessed=moved),
-        name="jaxq_matmul",
+        name="jaxq_packed_matmul",
         interpret=interpret,
     )(given)
 
@@ -108,7 +108,7 @@ def blocks(m: int, k: int, n: int, x_bytes: int, w_rows: int) -> tuple[int, int]
     return min(m, bm, 512), min(n, bn)
 
 
-def _kernel(refs: dict, out: Any, *, carrier: Carrier | None) -> None:
+def _kernel(refs: dict, out: Any, *, carrier: Carrier) -> None:
     groups = refs["scale"].shape[0]
     size = refs["x"].shape[1] // groups
     weights = _carriers(refs["w"], carrier)
@@ -124,24 +124,17 @@ def _kernel(refs: dict, out: Any, *, carrier: Carrier | None) -> None:
     out[...] = total.astype(out.dtype)
 
 
-def _carriers(w: Any, carrier: Carrier | None) -> tuple[jax.Array, ...]:
-    """The carriers of the low and the high nibbles, [K/2, N] each, or [K, N] as it is."""
-    if carrier is None:
-        return (w[...],)
+def _carriers(w: Any, carrier: Carrier) -> tuple[jax.Array, ...]:
+    """The carriers of the low and of the high nibbles, [K/2, N] each."""
     return tuple(pltpu.bitcast(half, carrier.dtype) for half in carrier.halves(pltpu.bitcast(w[...], jnp.int32)))
 
 
 def _slices(x: Any, weights: tuple[jax.Array, ...], start: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """The channels from `start` of both, in one order: of packed codes first the low nibbles' runs of 128."""
-    if len(weights) == 1:
-        return x[:, start : start + size], weights[0][start : start + size]
+    """The channels from `start` of both, in one order: first the low nibbles' runs of 128."""
     first, last = start // HALF, (start + size) // HALF
     runs = [*range(first + first % 2, last, 2), *range(first + 1 - first % 2, last, 2)]
     a = [x[:, HALF * run : HALF * (run + 1)] for run in runs]
-    b = [
-        half[HALF * ((first + 1 - odd) // 2) : HALF * ((last + 1 - odd) // 2)]
-        for odd, half in enumerate(weights)
-    ]
+    b = [half[HALF * ((first + 1 - odd) // 2) : HALF * ((last + 1 - odd) // 2)] for odd, half in enumerate(weights)]
     return jnp.concatenate(a, 1), jnp.concatenate([part for part in b if part.shape[0]], 0)
 
 
@@ -150,10 +143,8 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=kind)
 
 
-def _in_codes(part: jax.Array, carrier: Carrier | None) -> jax.Array:
+def _in_codes(part: jax.Array, carrier: Carrier) -> jax.Array:
     """A sum of products with carriers as one with codes; exact, the unit being a power of two."""
-    if carrier is None:
-        return part
     if part.dtype == jnp.int32:
         return part >> int(carrier.unit).bit_length() - 1
     return part * jnp.float32(1 / carrier.unit)
@@ -165,20 +156,20 @@ def _corrected(part: jax.Array, refs: dict, group: slice) -> jax.Array:
     return part.astype(jnp.float32)
 
 
-def plain_matmul(
+def plain_packed_matmul(
     x: jax.Array,
     w: jax.Array,
     scale: jax.Array,
     *,
-    carrier: Carrier | None = None,
+    carrier: Carrier,
     rows: jax.Array | None = None,
     left: jax.Array | None = None,
     right: jax.Array | None = None,
     bias: jax.Array | None = None,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """What `matmul` means, in plain jnp, for any K and any size of groups that divides it."""
-    c = w if carrier is None else carrier.of_packed(w, x.shape[1])
+    """What `packed_matmul` means, in plain jnp, for any K and any size of groups that divides it."""
+    c = carrier.of_packed(w, x.shape[1])
     groups = scale.shape[0]
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     a, b = x.reshape(x.shape[0], groups, -1), c.reshape(groups, -1, c.shape[1])
@@ -193,10 +184,17 @@ def plain_matmul(
     return (total if bias is None else total + bias).astype(dtype)
 
 
-def _check(x: jax.Array, w: jax.Array, scale: jax.Array, carrier: Carrier | None) -> None:
+def fits(k: int, groups: int) -> bool:
+    """Whether the kernel takes K channels in so many groups: whole blocks of 256, and groups in multiples of 128."""
+    return k % BLOCK == 0 and k % groups == 0 and (groups == 1 or k // groups % HALF == 0)
+
+
+def _check(x: jax.Array, w: jax.Array, scale: jax.Array) -> None:
     k, groups = x.shape[1], scale.shape[0]
-    if w.shape[0] * (1 if carrier is None else 2) != k or scale.shape[1] != w.shape[1]:
-        raise ValueError(f"x {x.shape}, weights {w.shape} of {w.dtype} and scales {scale.shape} do not fit each other")
-    unit = 1 if carrier is None else BLOCK
-    if k % unit or k % groups or (groups > 1 and k // groups % HALF):
-        raise ValueError(f"{k} channels in {groups} groups: the kernel has blocks of 256 and groups of 128; use plain_matmul")
+    if 2 * w.shape[0] != k or scale.shape[1] != w.shape[1]:
+        raise ValueError(f"x {x.shape}, packed weights {w.shape} and scales {scale.shape} do not fit each other")
+    if not fits(k, groups):
+        raise ValueError(
+            f"{k} channels in {groups} groups: the kernel takes whole blocks of 256 and groups in multiples of 128; "
+            "plain_packed_matmul takes any"
+        )
