@@ -1,22 +1,22 @@
 """Carriers: machine numbers that hold a 4-bit code's value exactly, made from packed codes by masks and shifts.
 
-A byte of a carrier is made of fields of the 4-bit code, each moved to its place. Four bytes are worked on at once, as one
-32-bit word, so that eight codes cost 3 to 5 operations, and nothing is looked up or converted:
+A byte of a carrier consists of fields of the code, each moved to its place. Four bytes are worked on at once, as one
+32-bit word, so that eight codes cost 2 to 9 operations, and nothing is looked up or converted:
 
-| codes                            | carrier            | how                                         | carrier = unit * |
-|----------------------------------|--------------------|---------------------------------------------|------------------|
-| int4, two's complement           | int8               | code << 4                                   | code, 16         |
-| uint4                            | int8               | (code ^ 8) << 4                             | code - 8, 16     |
-| uint4                            | e4m3               | code: 0 .. 7 are subnormal, 8 .. 15 normal  | code, 2**-9      |
-| int4                             | e4m3               | code ^ 8                                    | code + 8, 2**-9  |
-| E2M1, E1M2, E3M0: sign-magnitude | e5m2, e4m3 (T)     | sign << 4, the rest << T.mantissa - M       | element, below   |
+| codes                            | carrier           | how                             | carrier               |
+|----------------------------------|-------------------|---------------------------------|-----------------------|
+| int4, two's complement           | int8              | code << 4                       | code * 16             |
+| uint4                            | int8              | (code ^ 8) << 4                 | (code - 8) * 16       |
+| uint4                            | e4m3              | code; below 8 it is subnormal   | code * smallest       |
+| int4                             | e4m3              | code ^ 8                        | (code + 8) * smallest |
+| E2M1, E1M2, E3M0: sign-magnitude | e5m2, e4m3fn      | sign << 4, rest << m - M        | element * 2**(B - b)  |
 
-A float's exponent field lands in the carrier's, so that only the exponent's bias differs: the unit is 2**(B - bias of T).
+A float's exponent lands in the carrier's, subnormals among subnormals, so that only the exponents' biases differ:
+m and b are the carrier's mantissa bits and bias.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 

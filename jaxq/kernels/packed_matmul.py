@@ -2,8 +2,8 @@
 
 One kernel for all of them. With c[k, n] the carriers of the weight's codes and groups g of the summed axis:
 
-    y[m, n] = sum_g rows[m, g] * scale[g, n] * (sum_{k in g} x[m, k] c[k, n] / unit - sum_r left[r, m, g] right[r, g, n])
-              + bias[n]
+    y[m, n] = bias[n] + sum_g rows[m, g] * scale[g, n] *
+              (sum_{k in g} x[m, k] c[k, n] / unit - sum_r left[r, m, g] right[r, g, n])
 
 | x        | weights          | carrier    | product        |                                                       |
 |----------|------------------|------------|----------------|-------------------------------------------------------|
@@ -51,7 +51,7 @@ def packed_matmul(
     dtype: Any = jnp.float32,
     interpret: Any = False,
 ) -> jax.Array:
-    """The product above as one kernel; `plain_packed_matmul` is its meaning, and bit for bit the same before it is scaled.
+    """The product above as one kernel. `plain_packed_matmul` is its meaning: the same integers, before they are scaled.
 
     Args:
         x: [M, K] int8, bfloat16 or an 8-bit float.
@@ -73,16 +73,18 @@ def packed_matmul(
     operands = {"x": x, "w": w, "scale": scale, "rows": rows, "left": left, "right": right, "bias": bias}
     _check(x, w, scale)
     (m, k), n = x.shape, w.shape[1]
-    bm, bn = blocks(m, k, n, x.dtype.itemsize, w.shape[0])
+    bm, bn = blocks(m, k, n, x.dtype.itemsize)
     specs = {
         "x": pl.BlockSpec((bm, k), lambda i, j: (i, 0)),
         "w": pl.BlockSpec((w.shape[0], bn), lambda i, j: (0, j)),
         "scale": pl.BlockSpec((scale.shape[0], bn), lambda i, j: (0, j)),
-        "rows": rows is not None and pl.BlockSpec((bm, rows.shape[1]), lambda i, j: (i, 0)),
-        "left": left is not None and pl.BlockSpec((left.shape[0], bm, left.shape[2]), lambda i, j: (0, i, 0)),
-        "right": right is not None and pl.BlockSpec((*right.shape[:2], bn), lambda i, j: (0, 0, j)),
         "bias": pl.BlockSpec((1, bn), lambda i, j: (0, j)),
     }
+    if rows is not None:
+        specs["rows"] = pl.BlockSpec((bm, rows.shape[1]), lambda i, j: (i, 0))
+    if left is not None and right is not None:
+        specs["left"] = pl.BlockSpec((left.shape[0], bm, left.shape[2]), lambda i, j: (0, i, 0))
+        specs["right"] = pl.BlockSpec((*right.shape[:2], bn), lambda i, j: (0, 0, j))
     given = {name: a for name, a in operands.items() if a is not None}
     moved = sum(a.nbytes for a in given.values()) + w.nbytes * (-(-m // bm) - 1) + m * n * jnp.dtype(dtype).itemsize
     return pl.pallas_call(
@@ -98,13 +100,13 @@ def packed_matmul(
     )(given)
 
 
-def blocks(m: int, k: int, n: int, x_bytes: int, w_rows: int) -> tuple[int, int]:
+def blocks(m: int, k: int, n: int, x_bytes: int) -> tuple[int, int]:
     """How many rows of x and columns of the weight one step multiplies, always over all of K.
 
     As many as the bytes above allow: all rows when tokens are decoded, so that weights are read once.
     """
     bm = max(X_BYTES // (k * x_bytes) // 32 * 32, 32)
-    bn = max(W_BYTES // w_rows // 256 * 256, 256)
+    bn = max(2 * W_BYTES // k // 256 * 256, 256)
     return min(m, bm, 512), min(n, bn)
 
 
@@ -112,7 +114,7 @@ def _kernel(refs: dict, out: Any, *, carrier: Carrier) -> None:
     groups = refs["scale"].shape[0]
     size = refs["x"].shape[1] // groups
     weights = _carriers(refs["w"], carrier)
-    total = refs["bias"][...] if "bias" in refs else None
+    total = refs["bias"][...] if "bias" in refs else jnp.float32(0)
     for g in range(groups):
         a, b = _slices(refs["x"], weights, g * size, size)
         part = _in_codes(_dot(a, b), carrier)
@@ -120,8 +122,8 @@ def _kernel(refs: dict, out: Any, *, carrier: Carrier) -> None:
         if "rows" in refs:
             own = slice(g, g + 1) if refs["rows"].shape[1] > 1 else slice(0, 1)
             part = part * refs["rows"][:, own]
-        total = part if total is None else total + part
-    out[...] = total.astype(out.dtype)
+        total = total + part
+    out[...] = jnp.asarray(total).astype(out.dtype)
 
 
 def _carriers(w: Any, carrier: Carrier) -> tuple[jax.Array, ...]:

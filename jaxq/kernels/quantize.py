@@ -76,25 +76,32 @@ def quantize_rows(
         Rows.
     """
     (m, k), kind = x.shape, jnp.int8 if isinstance(fmt, Int) else dtype
-    bm = min(m, max(X_BYTES // (4 * k) // 32 * 32, 32))
+    bm = row_block(m, k)
     given = {name: a for name, a in (("x", x), ("shift", shift), ("scale", scale)) if a is not None}
     whole, narrow = pl.BlockSpec((bm, k), lambda i: (i, 0)), pl.BlockSpec((bm, 1), lambda i: (i, 0))
     sums = jnp.int32 if isinstance(fmt, Int) else jnp.float32
-    return pl.pallas_call(
+    call = pl.pallas_call(
         partial(_kernel, fmt=fmt, dtype=dtype),
         grid=(-(-m // bm),),
         in_specs=[{name: whole if name == "x" else pl.BlockSpec((1, k), lambda i: (0, 0)) for name in given}],
-        out_specs=Rows(whole, narrow, narrow, narrow),
-        out_shape=Rows(
-            jax.ShapeDtypeStruct((m, k), kind), *(jax.ShapeDtypeStruct((m, 1), t) for t in (jnp.float32, jnp.int32, sums))
+        out_specs=(whole, narrow, narrow, narrow),
+        out_shape=tuple(
+            jax.ShapeDtypeStruct(shape, t)
+            for shape, t in (((m, k), kind), ((m, 1), jnp.float32), ((m, 1), jnp.int32), ((m, 1), sums))
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM),
         name="jaxq_quantize_rows",
         interpret=interpret,
-    )(given)
+    )
+    return Rows(*call(given))
+
+
+def row_block(m: int, k: int) -> int:
+    """How many rows one step takes."""
+    return min(m, max(X_BYTES // (4 * k) // 32 * 32, 32))
 
 
 def _kernel(refs: dict, *out: Any, fmt: Int | Float, dtype: Any) -> None:
-    given = {"shift": None, "scale": None} | {name: ref[...] for name, ref in refs.items()}
-    for ref, values in zip(out, plain_quantize_rows(**given, fmt=fmt, dtype=dtype)):
+    shift, scale = (refs[name][...] if name in refs else None for name in ("shift", "scale"))
+    for ref, values in zip(out, plain_quantize_rows(refs["x"][...], shift, scale, fmt=fmt, dtype=dtype)):
         ref[...] = values

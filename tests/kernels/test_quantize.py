@@ -1,0 +1,54 @@
+"""Activations quantized row by row: the kernel in interpret mode, and what `execute` simulates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxq.contraction import apply_input
+from jaxq.formats import Float, Int
+from jaxq.kernels.quantize import plain_quantize_rows, quantize_rows
+from jaxq.qtensor import InputQuant, PerToken
+
+FORMATS = (Int(8), Int(8, symmetric=False), Int(4), Int(6, symmetric=False), Float(2, 1), Float(1, 2), Float(3, 0))
+
+
+def drawn(m: int, k: int, dtype: type) -> tuple[jax.Array, jax.Array, jax.Array]:
+    draw = np.random.default_rng(m)
+    x = draw.normal(size=(m, k)) * np.exp(draw.normal(size=k))
+    x[0] = 0  # a row without range
+    return jnp.asarray(x, dtype), jnp.asarray(draw.normal(size=k), dtype), jnp.asarray(2 ** draw.normal(size=k), dtype)
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_codes_are_those_that_execute_simulates(fmt, dtype, transformed):
+    x, shift, scale = drawn(17, 200, dtype)
+    if not transformed:
+        shift = scale = None
+    shift_row, scale_row = (None if a is None else a[None] for a in (shift, scale))
+    found = quantize_rows(x, shift_row, scale_row, fmt=fmt, interpret=True)
+    plain = plain_quantize_rows(x, shift_row, scale_row, fmt=fmt)
+    for one, other in zip(found, plain):
+        assert one.dtype == other.dtype and np.array_equal(np.asarray(one), np.asarray(other))
+    simulated = apply_input(InputQuant(shift=shift, scale=scale, format=fmt, granularity=PerToken()), x, (1,))
+    steps = found.codes.astype(jnp.float32) - found.zero.astype(jnp.float32)
+    assert np.array_equal(np.asarray((steps * found.scale).astype(dtype)), np.asarray(simulated))
+    np.testing.assert_array_equal(np.asarray(found.sums, float), np.asarray(steps, float).sum(1, keepdims=True))
+
+
+def test_several_blocks_with_a_ragged_end():
+    x, *_ = drawn(70, 16384, jnp.bfloat16)
+    found, plain = (
+        quantize_rows(x, None, None, fmt=Int(8), interpret=True),
+        plain_quantize_rows(x, None, None, fmt=Int(8)),
+    )
+    assert all(np.array_equal(np.asarray(one), np.asarray(other)) for one, other in zip(found, plain))
+
+
+def test_elements_fit_the_machine_that_multiplies_e4m3():
+    x, *_ = drawn(3, 256, jnp.bfloat16)
+    narrow = quantize_rows(x, None, None, fmt=Float(2, 1), dtype=jnp.float8_e4m3fn, interpret=True)
+    wide = quantize_rows(x, None, None, fmt=Float(2, 1), interpret=True)
+    assert np.array_equal(np.asarray(narrow.codes.astype(jnp.bfloat16)), np.asarray(wide.codes))
