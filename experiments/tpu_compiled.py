@@ -5,10 +5,11 @@
 
 Each kernel is compiled ahead of time, all the way to machine code, for a product of [rows, 4096] with [4096, 4096].
 Columns: `temporary`, bytes of device memory beside arguments and result; `moved`, bytes of arguments and result;
-`bundles`, instruction bundles of one grid step in the final schedule, which waits for no memory; `floor`, the cycles
-that one step takes at least, in the matrix units or to read its block from memory, whichever is more (a quantizing
-step: to read and write its block); `cycles`, bundles times steps; `plain`, with --plain, the cycles that XLA estimates
-for what the kernel means in plain jnp, and the temporary bytes of that. Nothing here is a measured time.
+`bundles`, instruction bundles of one grid step in the final schedule, which waits neither for memory nor for a matrix
+unit; `floor`, the cycles that one step takes at least, in the matrix units or to read its block from memory, whichever is
+more (a quantizing step: to read and write its block); `cycles`, the greater of the two times the steps; `plain`, with
+--plain, the cycles that XLA estimates for what the kernel means in plain jnp, and the temporary bytes of that. Nothing
+here is a measured time.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def row(name: str, target: str, rows: int, dump: Path, plain: bool) -> dict:
     result = {
         "kernel": name, "target": target, "rows": rows, "temporary": memory.temp_size_in_bytes,
         "moved": memory.argument_size_in_bytes + memory.output_size_in_bytes, "steps": steps, "bundles": bundles,
-        "floor": round(least), "cycles": bundles * steps, "instructions": _by_type(instructions),
+        "floor": round(least), "cycles": round(max(bundles, least)) * steps, "instructions": _by_type(instructions),
     }  # fmt: skip
     if plain:
         xla = compiled(case.plain, case.shapes, device)
