@@ -6,10 +6,10 @@
 Each kernel is compiled ahead of time, all the way to machine code, for a product of [rows, 4096] with [4096, 4096].
 Columns: `temporary`, bytes of device memory beside arguments and result; `moved`, bytes of arguments and result;
 `bundles`, instruction bundles of one grid step in the final schedule, which waits neither for memory nor for a matrix
-unit; `floor`, the cycles that one step takes at least, in the matrix units or to read its block from memory, whichever is
-more (a quantizing step: to read and write its block); `cycles`, the greater of the two times the steps; `plain`, with
---plain, the cycles that XLA estimates for what the kernel means in plain jnp, and the temporary bytes of that. Nothing
-here is a measured time.
+unit; `floor`, the cycles that one step takes at least, in the matrix units or to read its weights from memory,
+whichever is more (a quantizing step: to read and write its block); `cycles`, the greater of the two times the steps;
+`plain`, with --plain, the cycles that XLA estimates for what the kernel means in plain jnp, and the temporary bytes of
+that. Nothing here is a measured time.
 """
 
 from __future__ import annotations
@@ -115,12 +115,12 @@ def dumped(dump: Path, name: str) -> str:
     return file.read_text()
 
 
-def step_of(case: Case, target: Target) -> tuple[int, float]:
+def step_of(case: Case, target: Target, moved: int) -> tuple[int, float]:
     """How many steps the grid has, and the cycles that one takes at least."""
     (rows, k), kind = case.shapes["x"][0], jnp.dtype(case.shapes["x"][1])
     if "w" not in case.shapes:
-        bm = row_block(rows, k)
-        return -(-rows // bm), bm * k * 3 / target.bytes_per_cycle
+        steps = -(-rows // row_block(rows, k))
+        return steps, moved / steps / target.bytes_per_cycle
     bm, bn = blocks(rows, k, N, kind.itemsize)
     least = max(bm * k * bn / target.macs[kind.name], k // 2 * bn / target.bytes_per_cycle)
     return -(-rows // bm) * -(-N // bn), least
@@ -137,11 +137,12 @@ def row(name: str, target: str, rows: int, dump: Path, plain: bool) -> dict:
     schedule, program = (dumped(dump, f"{kind}final_bundles.txt") for kind in ("schedule-analysis_", ""))
     bundles = int(re.findall(r"total.*?(\d+)", schedule, re.IGNORECASE)[0])
     instructions = Counter(re.findall(r"vmatmul[\w.]*|vmatpush[\w.]*", program))
-    steps, least = step_of(case, spec)
     memory = kernel.memory_analysis()
+    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    steps, least = step_of(case, spec, moved)
     result = {
         "kernel": name, "target": target, "rows": rows, "temporary": memory.temp_size_in_bytes,
-        "moved": memory.argument_size_in_bytes + memory.output_size_in_bytes, "steps": steps, "bundles": bundles,
+        "moved": moved, "steps": steps, "bundles": bundles,
         "floor": round(least), "cycles": round(max(bundles, least)) * steps, "instructions": _by_type(instructions),
     }  # fmt: skip
     if plain:
