@@ -114,16 +114,16 @@ def _kernel(refs: dict, out: Any, *, carrier: Carrier) -> None:
     groups = refs["scale"].shape[0]
     size = refs["x"].shape[1] // groups
     weights = _carriers(refs["w"], carrier)
-    total = refs["bias"][...] if "bias" in refs else jnp.float32(0)
+    scale = refs["scale"][...] * jnp.float32(1 / carrier.unit)  # exact, the unit being a power of two
+    each_own = "rows" in refs and refs["rows"].shape[1] > 1
+    total = jnp.float32(0)
     for g in range(groups):
         a, b = _slices(refs["x"], weights, g * size, size)
-        part = _in_codes(_dot(a, b), carrier)
-        part = _corrected(part, refs, slice(g, g + 1)) * refs["scale"][g : g + 1, :]
-        if "rows" in refs:
-            own = slice(g, g + 1) if refs["rows"].shape[1] > 1 else slice(0, 1)
-            part = part * refs["rows"][:, own]
-        total = total + part
-    out[...] = jnp.asarray(total).astype(out.dtype)
+        part = _corrected(_dot(a, b), refs, carrier, slice(g, g + 1)) * scale[g : g + 1, :]
+        total = total + (part * refs["rows"][:, g : g + 1] if each_own else part)
+    if "rows" in refs and not each_own:
+        total = total * refs["rows"][...]
+    out[...] = jnp.asarray(total + (refs["bias"][...] if "bias" in refs else 0)).astype(out.dtype)
 
 
 def _carriers(w: Any, carrier: Carrier) -> tuple[jax.Array, ...]:
@@ -145,16 +145,11 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=kind)
 
 
-def _in_codes(part: jax.Array, carrier: Carrier) -> jax.Array:
-    """A sum of products with carriers as one with codes; exact, the unit being a power of two."""
-    if part.dtype == jnp.int32:
-        return part >> int(carrier.unit).bit_length() - 1
-    return part * jnp.float32(1 / carrier.unit)
-
-
-def _corrected(part: jax.Array, refs: dict, group: slice) -> jax.Array:
+def _corrected(part: jax.Array, refs: dict, carrier: Carrier, group: slice) -> jax.Array:
+    """The sum less its corrections, all times the unit."""
     for r in range(refs["left"].shape[0] if "left" in refs else 0):
-        part = part - refs["left"][r, :, group] * refs["right"][r, group, :]
+        right = refs["right"][r, group, :]
+        part = part - refs["left"][r, :, group] * (right * jnp.asarray(carrier.unit, right.dtype))
     return part.astype(jnp.float32)
 
 
@@ -176,7 +171,7 @@ def plain_packed_matmul(
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     a, b = x.reshape(x.shape[0], groups, -1), c.reshape(groups, -1, c.shape[1])
     part = jnp.einsum("mgk,gkn->gmn", a.astype(kind), b.astype(kind), precision="highest")
-    part = _in_codes(part, carrier)
+    part = part >> int(carrier.unit).bit_length() - 1 if kind == jnp.int32 else part * jnp.float32(1 / carrier.unit)
     if left is not None and right is not None:
         part = part - jnp.einsum("rmg,rgn->gmn", left, right, precision="highest")
     part = part.astype(jnp.float32) * scale[:, None, :]

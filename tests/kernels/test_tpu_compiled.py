@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 PUSHED = {  # what the matrix units hold: the weights' carriers
     "w4a8": {"v5e": "s8", "v6e": "s8", "v7x": "bf16"},  # v7x multiplies no int8: it converts
     "int4": {"v5e": "f8e4m3b11.bf16", "v6e": "f8e4m3b11.bf16", "v7x": "f8e4m3"},
-    "float": {"v5e": "bf8.bf16", "v6e": "bf8.bf16", "v7x": "bf8"},
+    "float": {"v5e": "bf8.bf16", "v6e": "bf8.bf16", "v7x": "f8e5m2"},
     "e2m1_a4": {"v5e": "bf8.bf16", "v6e": "bf8.bf16", "v7x": "f8e4m3"},
 }
 
@@ -49,21 +49,21 @@ def slack(name: str, target: str, rows: int) -> float:
     vector unit decodes. With many rows the scales of groups of 128 cost a pass over the result each.
     """
     if name.startswith("quantize"):
-        return 8.0  # divisions, as exact as the simulation's
+        return 6.0  # divisions, as exact as the simulation's
     if rows > 16:
-        return 5.5 if name.endswith("g128") else 1.45
+        return 4.2 if name.endswith("g128") else 1.45
     return 2.2 if target == "v7x" else 1.0
 
 
 def test_one_kernel_compiles():
-    (row,) = compiled("--targets", "v6e", "--kernels", "e2m1_a16", "--rows", "16")
+    (row,) = compiled("--targets", "v6e", "--kernels", "e2m1_a16", "--rows", "1")
     check(row)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e", "v6e", "v7x"])
 def test_all_kernels_compile(target):
-    rows = compiled("--targets", target, "--rows", "1", "16", "256")
-    assert len(rows) >= 30
+    rows = compiled("--targets", target, "--rows", "16", "256")
+    assert len(rows) == 26
     for row in rows:
         check(row)
