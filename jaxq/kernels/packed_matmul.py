@@ -1,0 +1,197 @@
+"""Products of an activation with packed 4-bit weights on the TPU, and what they mean in plain jnp.
+
+One kernel for all of them. With c[k, n] the carriers of the weight's codes and groups g of the summed axis:
+
+    y[m, n] = bias[n] + sum_g rows[m, g] * scale[g, n] *
+              (sum_{k in g} x[m, k] c[k, n] / unit - sum_r left[r, m, g] right[r, g, n])
+
+| x        | weights          | carrier    | product        |                                                       |
+|----------|------------------|------------|----------------|-------------------------------------------------------|
+| int8     | integers         | int8       | int32, exact   | W4A8, and W4A4 of integers                            |
+| bfloat16 | integers, floats | e4m3, e5m2 | float32        | W4A16                                                 |
+| bfloat16 | floats           | e5m2       | float32, exact | W4A4 of floats: x holds elements times powers of two  |
+| e4m3fn   | floats           | e4m3fn     | float32, exact | the same, where the machine multiplies e4m3fn         |
+
+Zero points are the corrections `left * right`: an activation's times the weight's column sums, a weight's (with the
+carrier's offset) times the activation's row sums. LLM-FP4's elements, times powers of two for the weights' exponents,
+are small integers in units of the smallest one: any order of summation gives the same float32 while the sum stays below
+2**24 units, for E2M1 with exponents 0 to 3 whenever K <= 14563.
+
+8-bit weights have no kernel: XLA multiplies them as they are stored, at the speed of memory, and makes no temporary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxq.kernels.carrier import Carrier
+from jaxq.kernels.layout import BLOCK
+
+HALF = BLOCK // 2
+X_BYTES, W_BYTES = 3 << 20, 1 << 20  # a block of x and of weights; each is in fast memory twice
+VMEM = 48 << 20
+
+
+def packed_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    *,
+    carrier: Carrier,
+    rows: jax.Array | None = None,
+    left: jax.Array | None = None,
+    right: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    interpret: Any = False,
+) -> jax.Array:
+    """The product above as one kernel. `plain_packed_matmul` is its meaning: the same integers, before they are scaled.
+
+    Args:
+        x: [M, K] int8, bfloat16 or an 8-bit float.
+        w: packed 4-bit codes, uint8 [K/2, N], as in `jaxq.kernels.layout`.
+        scale: [G, N] float32, G groups of K/G successive channels; 1 is per channel.
+        carrier: what the codes become.
+        rows: [M, 1] or [M, G] float32, the activation's scales; None is 1.
+        left, right: [R, M, G] and [R, G, N], int32 where x is int8, else float32; None is no correction.
+        bias: [1, N] float32.
+        dtype: of the result.
+
+    Returns:
+        [M, N].
+
+    Raises:
+        ValueError: the shapes do not fit each other, or packed codes do not come in whole blocks of 256, groups in
+            multiples of 128: there `plain_packed_matmul` serves.
+    """
+    operands = {"x": x, "w": w, "scale": scale, "rows": rows, "left": left, "right": right, "bias": bias}
+    _check(x, w, scale)
+    (m, k), n = x.shape, w.shape[1]
+    bm, bn = blocks(m, k, n, x.dtype.itemsize)
+    specs = {
+        "x": pl.BlockSpec((bm, k), lambda i, j: (i, 0)),
+        "w": pl.BlockSpec((w.shape[0], bn), lambda i, j: (0, j)),
+        "scale": pl.BlockSpec((scale.shape[0], bn), lambda i, j: (0, j)),
+        "bias": pl.BlockSpec((1, bn), lambda i, j: (0, j)),
+    }
+    if rows is not None:
+        specs["rows"] = pl.BlockSpec((bm, rows.shape[1]), lambda i, j: (i, 0))
+    if left is not None and right is not None:
+        specs["left"] = pl.BlockSpec((left.shape[0], bm, left.shape[2]), lambda i, j: (0, i, 0))
+        specs["right"] = pl.BlockSpec((*right.shape[:2], bn), lambda i, j: (0, 0, j))
+    given = {name: a for name, a in operands.items() if a is not None}
+    moved = sum(a.nbytes for a in given.values()) + w.nbytes * (-(-m // bm) - 1) + m * n * jnp.dtype(dtype).itemsize
+    return pl.pallas_call(
+        partial(_kernel, carrier=carrier),
+        grid=(-(-m // bm), -(-n // bn)),
+        in_specs=[{name: specs[name] for name in given}],
+        out_specs=pl.BlockSpec((bm, bn), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((m, n), dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM),
+        cost_estimate=pl.CostEstimate(flops=2 * m * k * n, transcendentals=0, bytes_accessed=moved),
+        name="jaxq_packed_matmul",
+        interpret=interpret,
+    )(given)
+
+
+def blocks(m: int, k: int, n: int, x_bytes: int) -> tuple[int, int]:
+    """How many rows of x and columns of the weight one step multiplies, always over all of K.
+
+    As many as the bytes above allow: all rows when tokens are decoded, so that weights are read once.
+    """
+    bm = max(X_BYTES // (k * x_bytes) // 32 * 32, 32)
+    bn = max(2 * W_BYTES // k // 256 * 256, 256)
+    return min(m, bm, 512), min(n, bn)
+
+
+def _kernel(refs: dict, out: Any, *, carrier: Carrier) -> None:
+    groups = refs["scale"].shape[0]
+    size = refs["x"].shape[1] // groups
+    weights = _carriers(refs["w"], carrier)
+    scale = refs["scale"][...] * jnp.float32(1 / carrier.unit)  # exact, the unit being a power of two
+    each_own = "rows" in refs and refs["rows"].shape[1] > 1
+    total = jnp.float32(0)
+    for g in range(groups):
+        a, b = _slices(refs["x"], weights, g * size, size)
+        part = _corrected(_dot(a, b), refs, carrier, slice(g, g + 1)) * scale[g : g + 1, :]
+        total = total + (part * refs["rows"][:, g : g + 1] if each_own else part)
+    if "rows" in refs and not each_own:
+        total = total * refs["rows"][...]
+    out[...] = jnp.asarray(total + (refs["bias"][...] if "bias" in refs else 0)).astype(out.dtype)
+
+
+def _carriers(w: Any, carrier: Carrier) -> tuple[jax.Array, ...]:
+    """The carriers of the low and of the high nibbles, [K/2, N] each."""
+    return tuple(pltpu.bitcast(half, carrier.dtype) for half in carrier.halves(pltpu.bitcast(w[...], jnp.int32)))
+
+
+def _slices(x: Any, weights: tuple[jax.Array, ...], start: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """The channels from `start` of both, in one order: first the low nibbles' runs of 128."""
+    first, last = start // HALF, (start + size) // HALF
+    runs = [*range(first + first % 2, last, 2), *range(first + 1 - first % 2, last, 2)]
+    a = [x[:, HALF * run : HALF * (run + 1)] for run in runs]
+    b = [half[HALF * ((first + 1 - odd) // 2) : HALF * ((last + 1 - odd) // 2)] for odd, half in enumerate(weights)]
+    return jnp.concatenate(a, 1), jnp.concatenate([part for part in b if part.shape[0]], 0)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    kind = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
+    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=kind)
+
+
+def _corrected(part: jax.Array, refs: dict, carrier: Carrier, group: slice) -> jax.Array:
+    """The sum less its corrections, all times the unit."""
+    for r in range(refs["left"].shape[0] if "left" in refs else 0):
+        right = refs["right"][r, group, :]
+        part = part - refs["left"][r, :, group] * (right * jnp.asarray(carrier.unit, right.dtype))
+    return part.astype(jnp.float32)
+
+
+def plain_packed_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    *,
+    carrier: Carrier,
+    rows: jax.Array | None = None,
+    left: jax.Array | None = None,
+    right: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """What `packed_matmul` means, in plain jnp, for any K and any size of groups that divides it."""
+    c = carrier.of_packed(w, x.shape[1])
+    groups = scale.shape[0]
+    kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    a, b = x.reshape(x.shape[0], groups, -1), c.reshape(groups, -1, c.shape[1])
+    part = jnp.einsum("mgk,gkn->gmn", a.astype(kind), b.astype(kind), precision="highest")
+    part = part >> int(carrier.unit).bit_length() - 1 if kind == jnp.int32 else part * jnp.float32(1 / carrier.unit)
+    if left is not None and right is not None:
+        part = part - jnp.einsum("rmg,rgn->gmn", left, right, precision="highest")
+    part = part.astype(jnp.float32) * scale[:, None, :]
+    if rows is not None:
+        part = part * rows.T[:, :, None]
+    total = part.sum(0)
+    return (total if bias is None else total + bias).astype(dtype)
+
+
+def fits(k: int, groups: int) -> bool:
+    """Whether the kernel takes K channels in so many groups: whole blocks of 256, and groups in multiples of 128."""
+    return k % BLOCK == 0 and k % groups == 0 and (groups == 1 or k // groups % HALF == 0)
+
+
+def _check(x: jax.Array, w: jax.Array, scale: jax.Array) -> None:
+    k, groups = x.shape[1], scale.shape[0]
+    if 2 * w.shape[0] != k or scale.shape[1] != w.shape[1]:
+        raise ValueError(f"x {x.shape}, packed weights {w.shape} and scales {scale.shape} do not fit each other")
+    if not fits(k, groups):
+        raise ValueError(
+            f"{k} channels in {groups} groups: the kernel takes whole blocks of 256 and groups in multiples of 128; "
+            "plain_packed_matmul takes any"
+        )

@@ -1,0 +1,123 @@
+"""Products with packed codes: the kernel in interpret mode, its plain meaning, and integers in numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxq.kernels.packed_matmul as module
+from jaxq.formats import Float, Int, decode
+from jaxq.kernels.carrier import Carrier, float_carrier, int8_carrier
+from jaxq.kernels.layout import pack_codes
+from jaxq.kernels.packed_matmul import blocks, packed_matmul, plain_packed_matmul
+from jaxq.kernels.tpu import E4M3, elements_dtype, weight_carrier
+
+FLOATS = (Float(2, 1), Float(1, 2), Float(3, 0))
+INTS = (Int(4), Int(4, symmetric=False))
+PAIRS = [  # a format, the activation's dtype, the carrier
+    *((fmt, jnp.int8, int8_carrier(fmt)) for fmt in INTS),
+    *((fmt, jnp.bfloat16, float_carrier(fmt, e4m3)) for fmt in INTS for e4m3 in sorted(set(E4M3.values()), key=str)),
+    *((fmt, jnp.bfloat16, float_carrier(fmt, jnp.float8_e5m2)) for fmt in FLOATS),
+    *((fmt, jnp.float8_e4m3fn, float_carrier(fmt, jnp.float8_e4m3fn)) for fmt in FLOATS),
+]
+IDS = [f"{fmt}-{np.dtype(dtype).name}-{np.dtype(c.dtype).name}".replace(" ", "") for fmt, dtype, c in PAIRS]
+
+
+def values(fmt: Int | Float, codes: np.ndarray) -> np.ndarray:
+    """What 4-bit codes stand for at scale 1, float64."""
+    if isinstance(fmt, Int):
+        return ((codes.astype(int) ^ 8) - 8 if fmt.symmetric else codes).astype(float)
+    return np.asarray(decode(fmt, jnp.asarray(codes), jnp.ones((1, 1))), float)
+
+
+def drawn(k: int, n: int, m: int, dtype: type, seed: int = 0) -> tuple[np.ndarray, jnp.ndarray, np.ndarray]:
+    """Codes [K, N], packed, and an activation [M, K] of E2M1's elements in units of the smallest, times up to 8."""
+    draw = np.random.default_rng(seed)
+    codes = draw.integers(0, 16, (k, n)).astype(np.uint8)
+    elements = np.array([0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96])
+    x = draw.choice(elements, (m, k)) * draw.choice([-1, 1], (m, k))
+    return codes, pack_codes(jnp.asarray(codes), 4)[0], jnp.asarray(x, jnp.float32).astype(dtype)
+
+
+@pytest.mark.parametrize(("fmt", "dtype", "carrier"), PAIRS, ids=IDS)
+def test_a_carrier_holds_each_of_the_16_codes_exactly(fmt, dtype, carrier: Carrier):
+    codes = np.arange(16, dtype=np.uint8)[:, None]
+    held = np.asarray(carrier.of_codes(jnp.asarray(codes)).astype(jnp.float32), float) / carrier.unit
+    assert np.array_equal(held, values(fmt, codes) + carrier.offset)
+
+
+@pytest.mark.parametrize(("m", "k", "n", "groups"), [(1, 256, 128, 1), (17, 768, 130, 6)])
+@pytest.mark.parametrize(("fmt", "dtype", "carrier"), PAIRS, ids=IDS)
+def test_products_are_the_integers_that_numpy_finds(fmt, dtype, carrier: Carrier, m, k, n, groups):
+    codes, packed, x = drawn(k, n, m, dtype)
+    scale = 2.0 ** np.random.default_rng(1).integers(-3, 1, (groups, n))
+    arguments = (x, packed, jnp.asarray(scale, jnp.float32))
+    found = packed_matmul(*arguments, carrier=carrier, interpret=True)
+    runs = np.asarray(x.astype(jnp.float32), float).reshape(m, groups, -1)
+    weights = (values(fmt, codes) + carrier.offset).reshape(groups, -1, n)
+    exact = np.einsum("mgk,gkn,gn->mn", runs, weights, scale)
+    assert np.array_equal(np.asarray(found), exact)
+    assert np.array_equal(np.asarray(plain_packed_matmul(*arguments, carrier=carrier)), exact)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_zero_points_of_both_sides_row_scales_and_bias(groups):
+    m, k, n = 3, 512, 200
+    codes, packed, x = drawn(k, n, m, jnp.int8)
+    draw = np.random.default_rng(2)
+    carrier = int8_carrier(Int(4, symmetric=False))
+    runs, weights = np.asarray(x, int).reshape(m, groups, -1), codes.astype(int).reshape(groups, -1, n)
+    zero_x, zero_w = draw.integers(-128, 128, (m, groups)), draw.integers(0, 16, (groups, n))
+    carried, carried_zero = weights + carrier.offset, zero_w + carrier.offset
+    left = np.stack([zero_x, (runs - zero_x[:, :, None]).sum(2)])  # the activation's zero point, and its row sums
+    right = np.stack([carried.sum(1), carried_zero])  # the weight's column sums, and its zero point
+    rows, scale, bias = draw.random((m, groups)), draw.random((groups, n)), draw.random((1, n))
+    floats = {name: jnp.asarray(a, jnp.float32) for name, a in (("scale", scale), ("rows", rows), ("bias", bias))}
+    ints = {name: jnp.asarray(a, jnp.int32) for name, a in (("left", left), ("right", right))}
+    exact = np.einsum("mgk,gkn,mg,gn->mn", runs - zero_x[:, :, None], weights - zero_w[:, None], rows, scale) + bias
+    for found in (
+        packed_matmul(x, packed, **floats, **ints, carrier=carrier, interpret=True),
+        plain_packed_matmul(x, packed, **floats, **ints, carrier=carrier),
+    ):
+        np.testing.assert_allclose(np.asarray(found), exact, rtol=2e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("k", [130, 384])
+def test_where_blocks_are_not_whole_the_plain_meaning_serves(k):
+    codes, packed, x = drawn(k, 10, 3, jnp.int8)
+    arguments = (x, packed, jnp.ones((1, 10)))
+    exact = np.asarray(x, int) @ values(Int(4), codes)
+    assert np.array_equal(np.asarray(plain_packed_matmul(*arguments, carrier=int8_carrier(Int(4)))), exact)
+    with pytest.raises(ValueError, match="plain_packed_matmul takes any"):
+        packed_matmul(*arguments, carrier=int8_carrier(Int(4)), interpret=True)
+
+
+def test_several_blocks_with_ragged_ends(monkeypatch):
+    monkeypatch.setattr(module, "X_BYTES", 1 << 15)
+    monkeypatch.setattr(module, "W_BYTES", 1 << 15)
+    m, k, n = 70, 512, 300
+    assert blocks(m, k, n, 2) == (32, 256)  # so that neither divides
+    codes, packed, x = drawn(k, n, m, jnp.bfloat16)
+    carrier = float_carrier(Float(2, 1), jnp.float8_e5m2)
+    found = packed_matmul(x, packed, jnp.ones((1, n)), carrier=carrier, interpret=True)
+    assert np.array_equal(np.asarray(found), np.asarray(x.astype(jnp.float32), float) @ values(Float(2, 1), codes))
+
+
+@pytest.mark.parametrize("device", ["TPU v6 lite", "TPU7x"])
+def test_llm_fp4_at_its_largest_is_exact_in_float32(device):
+    """Every product at its largest, 96 * 12 in units of the smallest, for the longest sum that must fit."""
+    k = 14336  # whole blocks below 2**24 / 1152
+    x = jnp.full((1, k), 96, elements_dtype(device))
+    packed = pack_codes(jnp.full((k, 2), 7, jnp.uint8), 4)[0]
+    carrier = weight_carrier(Float(2, 1), x.dtype, device)
+    found = packed_matmul(x, packed, jnp.full((1, 2), 2.0), carrier=carrier, interpret=True)
+    assert np.array_equal(np.asarray(found), np.full((1, 2), 96 * 12 * k))
+
+
+def test_misfits_name_what_was_found():
+    packed, scale = jnp.zeros((128, 8), jnp.uint8), jnp.ones((1, 8))
+    with pytest.raises(ValueError, match=r"x \(2, 512\), packed weights \(128, 8\)"):
+        packed_matmul(jnp.zeros((2, 512), jnp.int8), packed, scale, carrier=int8_carrier(Int(4)))
+    with pytest.raises(ValueError, match="no carrier in float8_e5m2"):
+        float_carrier(Int(4), jnp.float8_e5m2)
+    with pytest.raises(ValueError, match="no kernels for 'TPU v3'"):
+        weight_carrier(Int(4), jnp.bfloat16, "TPU v3")

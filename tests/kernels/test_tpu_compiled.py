@@ -1,0 +1,69 @@
+"""The kernels compiled for TPUs, ahead of time: no temporary, the wanted instructions, few instruction bundles."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(
+    find_spec("libtpu") is None, reason="the TPU's compiler is not installed: pip install 'jaxq[tpu-aot]'"
+)
+PUSHED = {  # what the matrix units hold: the weights' carriers
+    "w4a8": {"v5e": "s8", "v6e": "s8", "v7x": "bf16"},  # v7x multiplies no int8: it converts
+    "int4": {"v5e": "f8e4m3b11.bf16", "v6e": "f8e4m3b11.bf16", "v7x": "f8e4m3"},
+    "float": {"v5e": "bf8.bf16", "v6e": "bf8.bf16", "v7x": "f8e5m2"},
+    "e2m1_a4": {"v5e": "bf8.bf16", "v6e": "bf8.bf16", "v7x": "f8e4m3"},
+}
+
+
+def compiled(*arguments: str) -> list[dict]:
+    """The table's rows, from a process of its own: libtpu reads its options once."""
+    command = [sys.executable, str(ROOT / "experiments" / "tpu_compiled.py"), "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(row: dict) -> None:
+    name, target = row["kernel"], row["target"]
+    assert row["temporary"] == 0
+    assert row["bundles"] <= slack(name, target, row["rows"]) * row["floor"], row
+    if name.startswith("quantize"):
+        assert not row["instructions"]
+        return
+    pushed = PUSHED[next(kind for kind in (name, name.split("_")[0], "float") if kind in PUSHED)][target]
+    assert {key for key in row["instructions"] if key.startswith("vmatpush")} == {f"vmatpush.{pushed}"}, row
+
+
+def slack(name: str, target: str, rows: int) -> float:
+    """How many bundles a step may take for each cycle of its floor.
+
+    Decoding tokens a step is to wait for memory, not memory for it, except on v7x, whose memory is faster than its
+    vector unit decodes. With many rows the scales of groups of 128 cost a pass over the result each.
+    """
+    if name.startswith("quantize"):
+        return 6.0  # divisions, as exact as the simulation's
+    if rows > 16:
+        return 4.2 if name.endswith("g128") else 1.45
+    return 2.2 if target == "v7x" else 1.0
+
+
+def test_one_kernel_compiles():
+    (row,) = compiled("--targets", "v6e", "--kernels", "e2m1_a16", "--rows", "1")
+    check(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5e", "v6e", "v7x"])
+def test_all_kernels_compile(target):
+    rows = compiled("--targets", target, "--rows", "16", "256")
+    assert len(rows) == 26
+    for row in rows:
+        check(row)
