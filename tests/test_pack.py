@@ -129,6 +129,7 @@ def test_every_model_of_the_zoo(name):
     assert distance(got, want) <= 0.5 * distance(want, exact) + (2**-7 if bfloat16 else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [OPT, LLAMA, BERT], ids=lambda config: config["model_type"])
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "llm_fp4"])
 def test_every_family(config, recipe):
@@ -332,6 +333,7 @@ print("same on 8 devices")
 """
 
 
+@pytest.mark.slow
 def test_sharded_over_eight_devices():
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     root = Path(__file__).parents[1]

@@ -9,6 +9,8 @@ import jaxq
 from jaxq.steps import fed_by_attention, foldable
 from tests.tiny import BLOOM, LLAMA, MISTRAL, OPT, QWEN2, QWEN3, tiny_model
 
+pytestmark = pytest.mark.slow  # minutes in all
+
 FAMILIES = {config["model_type"]: config for config in (OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3)}
 FAMILIES["llama, a head for each value"] = LLAMA | {"num_key_value_heads": 2}
 TOKENS = np.random.default_rng(0).integers(0, 1024, (4, 12), np.int32)
