@@ -1,13 +1,14 @@
 """BLOOM (Scao et al. 2022, arXiv:2211.05100) as Flax NNX modules: transformers' ``BloomForCausalLM``; BLOOMZ too."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxq.models.family import Family
+from jaxq.models.family import Family, with_prefix
 from jaxq.models.layers import ACTIVATIONS, MLP, Embedding, attend, causal_bias
 
 DEFAULTS = {
@@ -31,11 +32,6 @@ CHECKPOINT_NAMES = {
     "final_norm": "transformer.ln_f",
     "lm_head": "lm_head",
 }
-
-
-def full_name(tensor: str) -> str:
-    """With the prefix that the checkpoint of a bare decoder lacks."""
-    return tensor if tensor.startswith("lm_head.") else "transformer." + tensor.removeprefix("transformer.")
 
 
 def slopes(heads: int) -> np.ndarray:
@@ -123,4 +119,6 @@ def _norm(config: dict, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 # A tied model's checkpoint may hold its head all the same.
-FAMILY = Family(CausalLM, CHECKPOINT_NAMES, full_name, ignored=("lm_head.weight",), causal=True)
+FAMILY = Family(
+    CausalLM, CHECKPOINT_NAMES, partial(with_prefix, "transformer."), ignored=("lm_head.weight",), causal=True
+)

@@ -1,5 +1,6 @@
 """What a file of this folder says of the architectures in it."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -21,3 +22,10 @@ class Family:
     full_name: Callable[[str], str]
     ignored: tuple[str, ...]
     causal: bool
+
+
+def with_prefix(prefix: str, tensor: str) -> str:
+    """The name of a decoder's tensor with the prefix (``model.decoder.``) that a bare decoder's checkpoint lacks, in
+    whole or in part. A head has none."""
+    optional = "".join(f"({re.escape(part)}\\.)?" for part in prefix.rstrip(".").split("."))
+    return tensor if tensor.startswith("lm_head.") else prefix + re.sub(f"^{optional}", "", tensor)

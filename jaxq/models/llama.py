@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxq.models.family import Family
+from jaxq.models.family import Family, with_prefix
 from jaxq.models.layers import Embedding, activation, attend, causal_bias
 from jaxq.models.rope import angles, magnitude, read_rope, rotate
 
@@ -36,11 +36,6 @@ CHECKPOINT_NAMES = {
     "final_norm": "model.norm",
     "lm_head": "lm_head",
 }
-
-
-def full_name(tensor: str) -> str:
-    """With the prefix that the checkpoint of a bare decoder lacks."""
-    return tensor if tensor.startswith("lm_head.") else "model." + tensor.removeprefix("model.")
 
 
 @dataclass(frozen=True)
@@ -153,4 +148,4 @@ def llama(config: dict, *, rngs: nnx.Rngs) -> CausalLM:
 
 
 # A tied model's checkpoint may hold its head all the same.
-FAMILY = Family(llama, CHECKPOINT_NAMES, full_name, ignored=("lm_head.weight",), causal=True)
+FAMILY = Family(llama, CHECKPOINT_NAMES, partial(with_prefix, "model."), ignored=("lm_head.weight",), causal=True)

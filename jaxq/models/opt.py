@@ -1,12 +1,12 @@
 """OPT (Zhang et al. 2022, arXiv:2205.01068) as Flax NNX modules: the decoder of transformers' ``OPTForCausalLM``."""
 
-import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxq.models.family import Family
+from jaxq.models.family import Family, with_prefix
 from jaxq.models.layers import MLP, Attention, Embedding, activation, causal_bias
 
 DEFAULTS = {
@@ -37,13 +37,6 @@ CHECKPOINT_NAMES = {
 }
 
 POSITION_OFFSET = 2  # the first two rows of the position table belong to padding
-
-
-def full_name(tensor: str) -> str:
-    """With the prefix that the checkpoint of a bare decoder lacks, in whole or in part."""
-    return (
-        tensor if tensor.startswith("lm_head.") else "model.decoder." + re.sub(r"^(model\.)?(decoder\.)?", "", tensor)
-    )
 
 
 def _norm(config: dict, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -125,4 +118,6 @@ def _positions(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 # A tied model's checkpoint may hold its head all the same.
-FAMILY = Family(CausalLM, CHECKPOINT_NAMES, full_name, ignored=("lm_head.weight",), causal=True)
+FAMILY = Family(
+    CausalLM, CHECKPOINT_NAMES, partial(with_prefix, "model.decoder."), ignored=("lm_head.weight",), causal=True
+)
