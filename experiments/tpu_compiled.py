@@ -31,7 +31,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jaxq.formats import Float, Int
-from jaxq.kernels.packed_matmul import blocks, packed_matmul, plain_packed_matmul
+from jaxq.kernels.packed_matmul import Operands, blocks, packed_matmul, plain_packed_matmul
 from jaxq.kernels.quantize import plain_quantize_rows, quantize_rows, row_block
 from jaxq.kernels.tpu import elements_dtype, weight_carrier
 
@@ -68,14 +68,18 @@ class Case:
 
 def product(target: Target, rows: int, fmt: Int | Float, dtype: type, groups: int = 1, zero: bool = False) -> Case:
     """A packed product; `zero` is a correction for a zero point or the carrier's offset."""
-    options = {"carrier": weight_carrier(fmt, dtype, target.kind)}
+    carrier = weight_carrier(fmt, dtype, target.kind)
     shapes: Shapes = {"x": ((rows, K), dtype), "w": ((K // 2, N), jnp.uint8), "scale": ((groups, N), jnp.float32)}
     if dtype != jnp.bfloat16:
         shapes["rows"] = ((rows, 1), jnp.float32)
     if zero:
         kind = jnp.int32 if dtype == jnp.int8 else jnp.float32
         shapes |= {"left": ((1, rows, groups), kind), "right": ((1, groups, N), kind)}
-    return Case(partial(packed_matmul, **options), partial(plain_packed_matmul, **options), shapes)
+
+    def of(function: Callable) -> Callable:
+        return lambda **arrays: function(Operands(**arrays), carrier)
+
+    return Case(of(packed_matmul), of(plain_packed_matmul), shapes)
 
 
 def quantizing(rows: int, fmt: Int | Float) -> Case:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxq.formats import Int
+from jaxq.formats import AnyFloat, Float, Int
 from jaxq.kernels.layout import pack_codes
 from jaxq.kernels.plain import weight_integers
 from jaxq.program.trace import path_name
@@ -75,11 +75,21 @@ def _pack(leaf: QTensor, sums: bool) -> Packed:
     if leaf.exponents is not None:
         exponents = np.asarray(leaf.exponents)
         reach = int(exponents.max()) - int(exponents.min())
-    return _packed(leaf, start, stop, sums and isinstance(leaf.format, Int), reach)
+    return _packed(leaf, start, stop, sums and isinstance(leaf.format, Int), reach, _split(leaf))
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _packed(leaf: QTensor, start: int, stop: int, sums: bool, reach: int) -> Packed:
+def _split(leaf: QTensor) -> Int | Float | None:
+    """The format that all codes of a weight have: kernels are made for one."""
+    if not isinstance(leaf.format, AnyFloat):
+        return leaf.format
+    if leaf.grid.mantissa is None:
+        return leaf.format.usual
+    found = np.unique(np.asarray(leaf.grid.mantissa)).tolist()
+    return Float(leaf.format.bits - 1 - found[0], found[0]) if len(found) == 1 else None
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _packed(leaf: QTensor, start: int, stop: int, sums: bool, reach: int, split: Int | Float | None) -> Packed:
     shape, bits = leaf.shape, leaf.format.bits
     rows, columns = shape[start:stop], shape[stop:]
     codes = jax.lax.bitcast_convert_type(leaf.codes, jnp.uint8) & jnp.uint8(2**bits - 1)
@@ -90,7 +100,7 @@ def _packed(leaf: QTensor, start: int, stop: int, sums: bool, reach: int) -> Pac
     if sums:
         whole = tuple(range(start, stop))
         total = weight_integers(leaf).values.sum(whole, dtype=jnp.int32, keepdims=True)
-    return Packed(planes, leaf.grid, leaf.format, rows, columns, leaf.dtype, leaf.exponents, total, reach)
+    return Packed(planes, leaf.grid, leaf.format, rows, columns, leaf.dtype, leaf.exponents, total, reach, split)
 
 
 def _rows(leaf: QTensor) -> tuple[int, int]:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq.contraction import transform
+from jaxq.formats import Float, Int
+from jaxq.kernels import tpu
 from jaxq.kernels.plain import Integers, Products, activation_integers, product, shifted, weight_integers
 from jaxq.program.sites import Site
 from jaxq.program.views import View
@@ -46,22 +48,52 @@ def read_input(quant: InputQuant | None, x: jax.Array, axes: Sequence[int]) -> I
 def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products) -> jax.Array:
     """The result of a `dot_general` of an activation and a packed weight; whichever of them comes first."""
     ops, out = site.operands, eqn.outvars[0].aval
-    views = site.ref.views if site.ref else ()
     free = [i for i in range(x.values.ndim) if i not in ops.x_axes]
     kept = [i for i in range(len(site.shapes[ops.w])) if i not in ops.w_axes]
-    integers = weight_integers(leaf.unpack())
-    # Of x [tokens, channels], of w [channels, columns]; what has one number for a whole axis has it still.
-    rows = _each(x, lambda a: _matrix(a, free, ops.x_axes))
-    columns = _each(integers, lambda a: _matrix(_seen(views, a), ops.w_axes, kept))
+    rows = _each(x, lambda a: _matrix(a, free, ops.x_axes))  # [tokens, channels]
+    views = site.ref.views if site.ref else ()
+
+    def matrix(a: jax.Array) -> jax.Array:
+        """[channels, columns], of the leaf's rank; what has one number for a whole axis has it still."""
+        return _matrix(_seen(views, a), ops.w_axes, kept)
+
     if leaf.exponents is not None:
-        exponents = _matrix(_seen(views, leaf.exponents), kept, ops.w_axes)
-        rows = shifted(rows, exponents, leaf.reach)
+        rows = shifted(rows, matrix(leaf.exponents).T, leaf.reach)
     sums = leaf.sums
     if sums is not None:
-        fits = all(sums.shape[i] == 1 for i in site.leaf_axes)
-        sums = _matrix(_seen(views, sums), ops.w_axes, kept) if fits else None
-    y = product(rows, columns, sums, products, eqn.params["precision"]).astype(out.dtype)
+        sums = matrix(sums) if all(sums.shape[i] == 1 for i in site.leaf_axes) else None
+    in_place = not views and leaf.columns and leaf.planes[0].ndim == 2 and ops.w_axes == tuple(range(len(leaf.rows)))
+
+    def plain(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
+        return product(x, _each(weight_integers(leaf.unpack()), matrix), sums, products, eqn.params["precision"])
+
+    device = tpu.target()
+    if device is None or products != "int8" or not in_place or not tpu.has_kernel(rows, leaf.split):
+        y = plain(rows, leaf, sums)
+    else:
+        y = _by_kernel(device, plain, matrix)(rows, leaf, sums)
+    y = y.astype(out.dtype)
     return y.reshape(out.shape) if ops.x == 0 else y.T.reshape(out.shape)
+
+
+Product = Callable[[Integers, Packed, jax.Array | None], jax.Array]
+
+
+def _by_kernel(device: str, plain: Product, matrix: Callable[[jax.Array], jax.Array]) -> Product:
+    """A product by the TPU's kernel; `plain` on another device that the program may be compiled for, and for
+    derivatives, which the kernel has none of."""
+
+    def kernel(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
+        assert isinstance(leaf.split, Int | Float)
+        weights = _each(weight_integers(leaf.unpack()), matrix)
+        return tpu.packed_product(x, leaf.planes[0], weights, leaf.split, sums, device)
+
+    @jax.custom_jvp
+    def either(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
+        return lax.platform_dependent(x, leaf, sums, tpu=kernel, default=plain)
+
+    either.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return either
 
 
 def _each(x: Integers, f: Callable[[jax.Array], jax.Array]) -> Integers:

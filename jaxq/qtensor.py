@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.export import register_pytree_node_serialization
 
-from jaxq.formats import Format, decode, encode
+from jaxq.formats import Float, Format, Int, decode, encode
 from jaxq.formats.floating import power_of_two
 from jaxq.kernels.layout import unpack_codes
 
@@ -176,7 +176,8 @@ class Packed:
     axes that an output channel sums over; a table of [*lead, row], whose rows are looked up, has planes [*lead, bytes].
     Everything else is the QTensor's. `sums` (int32, of the leaf's rank, 1 along `rows`) holds the sums of the integers
     over `rows`, by which zero points of activations are corrected; None where no activation has one. `reach` is how
-    much the exponents of one weight differ at most.
+    much the exponents of one weight differ at most. `split` is the format; of an `AnyFloat` the one that all codes
+    have, None where layers differ.
     """
 
     planes: tuple[jax.Array, ...]
@@ -188,6 +189,7 @@ class Packed:
     exponents: jax.Array | None = None
     sums: jax.Array | None = None
     reach: int = static(default=0)
+    split: Int | Float | None = static(default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:

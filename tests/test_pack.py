@@ -27,6 +27,11 @@ from tests.zoo.specimen import normal, weight
 PRODUCTS = ("int8", "float")
 
 
+def named(numbers: Any) -> str:
+    """For a test's name: a quantizer's own string has addresses in it, which differ between processes."""
+    return f"{numbers.format}, {numbers.granularity}" if isinstance(numbers, jaxq.Quantizer) else str(numbers)
+
+
 def leaves(tree: Any) -> list[Any]:
     return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_qtensor) if is_qtensor(leaf)]
 
@@ -72,13 +77,13 @@ def check_law(recipe, products=PRODUCTS, shape=(32, 6), atol=2e-6):
         np.testing.assert_allclose(got, want, rtol=2e-6, atol=atol * np.abs(want).max(), err_msg=how)
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=named)
 def test_every_weight_format(fmt):
     check_law(jaxq.quantize(fmt, jaxq.Int(8, symmetric=False)))
 
 
-@pytest.mark.parametrize("activations", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("fmt", [jaxq.Int(4, symmetric=False), jaxq.Float(2, 1)], ids=str)
+@pytest.mark.parametrize("activations", ACTIVATIONS, ids=named)
+@pytest.mark.parametrize("fmt", [jaxq.Int(4, symmetric=False), jaxq.Float(2, 1)], ids=named)
 def test_every_kind_of_activation(fmt, activations):
     check_law(jaxq.quantize(fmt, activations), products=("int8",))
 
@@ -92,13 +97,13 @@ def test_every_kind_of_activation(fmt, activations):
         jaxq.mxfp4(),
         jaxq.nvfp4(),
     ],
-    ids=str,
+    ids=named,
 )
 def test_every_granularity_of_weights(weights):
     check_law(jaxq.quantize(weights, jaxq.Int(8)), products=("int8",), shape=(320, 6))
 
 
-@pytest.mark.parametrize("fmt", [jaxq.AnyFloat(4), jaxq.Float(2, 1), jaxq.Float(3, 2)], ids=str)
+@pytest.mark.parametrize("fmt", [jaxq.AnyFloat(4), jaxq.Float(2, 1), jaxq.Float(3, 2)], ids=named)
 def test_exponents_are_folded_into_the_activation(fmt):
     x = normal(0, 3, 5, 40) * jnp.exp2(jnp.arange(40) % 7)[None, None]
     q = jaxq.calibrate(no_table, {"w": weight(1, 40, 6)}, [x], jaxq.post_shifted_fp4(fmt, fmt))
@@ -237,7 +242,7 @@ def test_a_transposed_weight_and_several_readers():
         assert distance(got, want) < 1e-2 * distance(want, f(params, tokens)) + 1e-6
 
 
-@pytest.mark.parametrize("fmt", [jaxq.per_tensor(jaxq.Int(3)), jaxq.Int(4, symmetric=False), jaxq.mxfp6()], ids=str)
+@pytest.mark.parametrize("fmt", [jaxq.per_tensor(jaxq.Int(3)), jaxq.Int(4, symmetric=False), jaxq.mxfp6()], ids=named)
 @pytest.mark.parametrize("mode", ["fill", "clip", "wrap"])
 def test_look_ups_decode_rows_alone(fmt, mode):
     def f(p, tokens):

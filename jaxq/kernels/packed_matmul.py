@@ -23,7 +23,7 @@ are small integers in units of the smallest one: any order of summation gives th
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,29 +38,33 @@ X_BYTES, W_BYTES = 3 << 20, 1 << 20  # a block of x and of weights; each is in f
 VMEM = 48 << 20
 
 
+class Operands(NamedTuple):
+    """Of a product [M, K] x [K, N], with G groups of K/G successive channels; 1 is per channel.
+
+    x: [M, K] int8, bfloat16 or an 8-bit float.
+    w: packed 4-bit codes, uint8 [K/2, N], as in `jaxq.kernels.layout`.
+    scale: [G, N] float32.
+    rows: [M, 1] or [M, G] float32, the activation's scales; None is 1.
+    left, right: [R, M, G] and [R, G, N], int32 where x is int8, else float32; None is no correction.
+    bias: [1, N] float32.
+    """
+
+    x: jax.Array
+    w: jax.Array
+    scale: jax.Array
+    rows: jax.Array | None = None
+    left: jax.Array | None = None
+    right: jax.Array | None = None
+    bias: jax.Array | None = None
+
+
 def packed_matmul(
-    x: jax.Array,
-    w: jax.Array,
-    scale: jax.Array,
-    *,
-    carrier: Carrier,
-    rows: jax.Array | None = None,
-    left: jax.Array | None = None,
-    right: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    dtype: Any = jnp.float32,
-    interpret: Any = False,
+    operands: Operands, carrier: Carrier, *, dtype: Any = jnp.float32, interpret: Any = False
 ) -> jax.Array:
     """The product above as one kernel. `plain_packed_matmul` is its meaning: the same integers, before they are scaled.
 
     Args:
-        x: [M, K] int8, bfloat16 or an 8-bit float.
-        w: packed 4-bit codes, uint8 [K/2, N], as in `jaxq.kernels.layout`.
-        scale: [G, N] float32, G groups of K/G successive channels; 1 is per channel.
         carrier: what the codes become.
-        rows: [M, 1] or [M, G] float32, the activation's scales; None is 1.
-        left, right: [R, M, G] and [R, G, N], int32 where x is int8, else float32; None is no correction.
-        bias: [1, N] float32.
         dtype: of the result.
 
     Returns:
@@ -70,7 +74,7 @@ def packed_matmul(
         ValueError: the shapes do not fit each other, or packed codes do not come in whole blocks of 256, groups in
             multiples of 128: there `plain_packed_matmul` serves.
     """
-    operands = {"x": x, "w": w, "scale": scale, "rows": rows, "left": left, "right": right, "bias": bias}
+    x, w, scale, rows, left, right, _ = operands
     _check(x, w, scale)
     (m, k), n = x.shape, w.shape[1]
     bm, bn = blocks(m, k, n, x.dtype.itemsize)
@@ -85,7 +89,7 @@ def packed_matmul(
     if left is not None and right is not None:
         specs["left"] = pl.BlockSpec((left.shape[0], bm, left.shape[2]), lambda i, j: (0, i, 0))
         specs["right"] = pl.BlockSpec((*right.shape[:2], bn), lambda i, j: (0, 0, j))
-    given = {name: a for name, a in operands.items() if a is not None}
+    given = {name: a for name, a in operands._asdict().items() if a is not None}
     moved = sum(a.nbytes for a in given.values()) + w.nbytes * (-(-m // bm) - 1) + m * n * jnp.dtype(dtype).itemsize
     return pl.pallas_call(
         partial(_kernel, carrier=carrier),
@@ -153,19 +157,9 @@ def _corrected(part: jax.Array, refs: dict, carrier: Carrier, group: slice) -> j
     return part.astype(jnp.float32)
 
 
-def plain_packed_matmul(
-    x: jax.Array,
-    w: jax.Array,
-    scale: jax.Array,
-    *,
-    carrier: Carrier,
-    rows: jax.Array | None = None,
-    left: jax.Array | None = None,
-    right: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    dtype: Any = jnp.float32,
-) -> jax.Array:
+def plain_packed_matmul(operands: Operands, carrier: Carrier, *, dtype: Any = jnp.float32) -> jax.Array:
     """What `packed_matmul` means, in plain jnp, for any K and any size of groups that divides it."""
+    x, w, scale, rows, left, right, bias = operands
     c = carrier.of_packed(w, x.shape[1])
     groups = scale.shape[0]
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32

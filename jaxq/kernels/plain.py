@@ -37,15 +37,21 @@ ROWS_ON_CPU = 16
 
 @pytree
 class Integers:
-    """`(values + center) * scale`, of whole numbers unless `bound`, the largest magnitude of `values`, is None.
+    """`(values + center) * scale`, of whole numbers of a magnitude up to `bound`, unless that is None.
 
-    `center` (None: 0) is what brings an asymmetric integer's codes around 0, so that 8 bits hold them.
+    `center` (None: 0) is what brings an asymmetric integer's codes around 0, so that 8 bits hold them. Each
+    value may have been multiplied by a power of two up to `2**reach`, `bound` being the largest magnitude before that.
     """
 
     values: jax.Array
     scale: jax.Array | None = None
     center: jax.Array | None = None
     bound: int | None = static(default=None)
+    reach: int = static(default=0)
+
+    @property
+    def largest(self) -> int | None:
+        return None if self.bound is None else self.bound << self.reach
 
     @property
     def centered(self) -> jax.Array:
@@ -111,10 +117,10 @@ def shifted(x: Integers, exponents: jax.Array, reach: int) -> Integers:
     """x with the weight's exponents [1, K], which differ by `reach` at most: integers again, and a scale."""
     least = exponents.min().astype(jnp.int32)
     factor = power_of_two(exponents.astype(jnp.int32) - least)
-    bound = None if x.bound is None else (x.bound * (2 if x.center is not None else 1)) << reach
+    bound = None if x.bound is None else x.bound * (2 if x.center is not None else 1)
     scale = power_of_two(least).reshape(1, 1)
     values = x.centered * factor.astype(x.values.dtype)
-    return Integers(values, scale if x.scale is None else x.scale * scale, None, bound)
+    return Integers(values, scale if x.scale is None else x.scale * scale, None, bound, reach)
 
 
 def product(x: Integers, w: Integers, sums: jax.Array | None, products: Products, precision: Any = None) -> jax.Array:
@@ -127,7 +133,7 @@ def product(x: Integers, w: Integers, sums: jax.Array | None, products: Products
       precision: as for `lax.dot_general`; of use for activations that are no integers.
     """
     depth = x.values.shape[1]
-    small = x.bound is not None and max(x.bound, w.bound or 256) <= 128 and depth * 2**14 < 2**31
+    small = x.largest is not None and max(x.largest, w.bound or 256) <= 128 and depth * 2**14 < 2**31
     in_int8 = small and products != "float"
     y = _int8_product(x, w, sums) if in_int8 else _float_product(x, w, precision)
     for scale in (x.scale, w.scale):

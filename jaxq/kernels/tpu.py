@@ -1,13 +1,16 @@
-"""Which machine numbers each TPU multiplies packed codes in."""
+"""What a TPU does in place of `jaxq.kernels.plain.product`: the products that have a kernel, and on which numbers."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from jaxq.formats import Float, Int
+from jaxq.formats import Float, Format, Int
 from jaxq.kernels.carrier import Carrier, float_carrier, int8_carrier
+from jaxq.kernels.packed_matmul import Operands, fits, packed_matmul
+from jaxq.kernels.plain import Integers
 
 # The e4m3 of the matrix units, by `jax.Device.device_kind`. Where it is e4m3fn, two of them are multiplied at twice
 # the rate of bfloat16; the older ones multiply bfloat16 by any float of 8 bits at the rate of bfloat16.
@@ -41,3 +44,73 @@ def _e4m3(device_kind: str) -> Any:
     if device_kind not in E4M3:
         raise ValueError(f"no kernels for {device_kind!r}: they are compiled for {', '.join(E4M3)}; use the plain path")
     return E4M3[device_kind]
+
+
+def target() -> str | None:
+    """The kind of TPU that a program is traced for, if there are kernels for it."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.devices()[0]
+    return device.device_kind if device.device_kind in E4M3 else None
+
+
+def has_kernel(x: Integers, fmt: Format | None) -> bool:
+    """Whether `packed_product` multiplies [M, K] with weights of a format: of 4 bits, with integers of 8 bits or,
+    exactly in bfloat16, what has as few significant bits; or with an activation in bfloat16 that is not quantized."""
+    if not isinstance(fmt, Int | Float) or fmt.bits != 4 or not fits(x.values.shape[1], 1):
+        return False
+    if x.bound is None:
+        return x.values.dtype == jnp.bfloat16
+    assert x.largest is not None
+    return x.largest <= 128 if isinstance(fmt, Int) else x.bound.bit_length() <= 8 and x.center is None
+
+
+def packed_product(
+    x: Integers,
+    codes: jax.Array,
+    w: Integers,
+    fmt: Int | Float,
+    sums: jax.Array | None,
+    kind: str,
+    interpret: Any = False,
+) -> jax.Array:
+    """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by the kernel: y [M, N], float32.
+
+    With Wc = W + d what the carriers hold, (x + a)(W + b) = x Wc - (d - b) sum(x) + a (sum(W) + K b).
+
+    Args:
+      x: as there; quantized ones are integers times a power of two of 8 significant bits at most.
+      codes: of the weights, packed: uint8 [K/2, N].
+      w: scale and center of its integers, and their values, of which only sums are used where `sums` is None.
+      fmt: of the codes.
+      kind: the TPU, as `target` says.
+    """
+    whole = x.bound is not None and isinstance(fmt, Int)
+    values = x.values.astype(jnp.int8 if whole else jnp.bfloat16)
+    carrier = weight_carrier(fmt, values.dtype, kind)
+    dtype = jnp.int32 if whole else jnp.float32
+    left, right = [], []
+    if isinstance(fmt, Int):
+        middle = 0 if fmt.symmetric else 2 ** (fmt.bits - 1)
+        excess = carrier.offset + middle - (0 if w.center is None else w.center)
+        left.append(values.sum(1, dtype=dtype))
+        right.append(excess)
+    if x.center is not None:
+        total = (w.values.sum(0, dtype=jnp.int32, keepdims=True) if sums is None else sums).astype(jnp.float32)
+        left.append(-x.center)
+        right.append(total if w.center is None else total + values.shape[1] * w.center)
+    (m, _), n = values.shape, codes.shape[1]
+
+    def stacked(parts: list, length: int) -> jax.Array:
+        return jnp.stack([jnp.broadcast_to(jnp.asarray(part).astype(dtype).reshape(-1), length) for part in parts])
+
+    scale = jnp.broadcast_to(jnp.float32(1) if w.scale is None else w.scale, (1, n))
+    if isinstance(fmt, Float):
+        scale = scale * jnp.float32(2.0 ** (fmt.bias - 1 + fmt.mantissa_bits))  # of elements, not of their units
+    operands = Operands(
+        values,
+        codes,
+        scale,
+        rows=None if x.scale is None else jnp.broadcast_to(x.scale, (m, 1)),
+        left=stacked(left, m)[:, :, None] if left else None,
+        right=stacked(right, n)[:, None] if right else None,
+    )
+    return packed_matmul(operands, carrier, interpret=interpret)

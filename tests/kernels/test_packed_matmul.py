@@ -8,7 +8,7 @@ import jaxq.kernels.packed_matmul as module
 from jaxq.formats import Float, Int, decode
 from jaxq.kernels.carrier import Carrier, float_carrier, int8_carrier
 from jaxq.kernels.layout import pack_codes
-from jaxq.kernels.packed_matmul import blocks, packed_matmul, plain_packed_matmul
+from jaxq.kernels.packed_matmul import Operands, blocks, packed_matmul, plain_packed_matmul
 from jaxq.kernels.tpu import E4M3, elements_dtype, weight_carrier
 
 FLOATS = (Float(2, 1), Float(1, 2), Float(3, 0))
@@ -50,13 +50,13 @@ def test_a_carrier_holds_each_of_the_16_codes_exactly(fmt, dtype, carrier: Carri
 def test_products_are_the_integers_that_numpy_finds(fmt, dtype, carrier: Carrier, m, k, n, groups):
     codes, packed, x = drawn(k, n, m, dtype)
     scale = 2.0 ** np.random.default_rng(1).integers(-3, 1, (groups, n))
-    arguments = (x, packed, jnp.asarray(scale, jnp.float32))
-    found = packed_matmul(*arguments, carrier=carrier, interpret=True)
+    operands = Operands(x, packed, jnp.asarray(scale, jnp.float32))
+    found = packed_matmul(operands, carrier, interpret=True)
     runs = np.asarray(x.astype(jnp.float32), float).reshape(m, groups, -1)
     weights = (values(fmt, codes) + carrier.offset).reshape(groups, -1, n)
     exact = np.einsum("mgk,gkn,gn->mn", runs, weights, scale)
     assert np.array_equal(np.asarray(found), exact)
-    assert np.array_equal(np.asarray(plain_packed_matmul(*arguments, carrier=carrier)), exact)
+    assert np.array_equal(np.asarray(plain_packed_matmul(operands, carrier)), exact)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -75,8 +75,8 @@ def test_zero_points_of_both_sides_row_scales_and_bias(groups):
     ints = {name: jnp.asarray(a, jnp.int32) for name, a in (("left", left), ("right", right))}
     exact = np.einsum("mgk,gkn,mg,gn->mn", runs - zero_x[:, :, None], weights - zero_w[:, None], rows, scale) + bias
     for found in (
-        packed_matmul(x, packed, **floats, **ints, carrier=carrier, interpret=True),
-        plain_packed_matmul(x, packed, **floats, **ints, carrier=carrier),
+        packed_matmul(Operands(x, packed, **floats, **ints), carrier, interpret=True),
+        plain_packed_matmul(Operands(x, packed, **floats, **ints), carrier),
     ):
         np.testing.assert_allclose(np.asarray(found), exact, rtol=2e-5, atol=1e-2)
 
@@ -84,11 +84,11 @@ def test_zero_points_of_both_sides_row_scales_and_bias(groups):
 @pytest.mark.parametrize("k", [130, 384])
 def test_where_blocks_are_not_whole_the_plain_meaning_serves(k):
     codes, packed, x = drawn(k, 10, 3, jnp.int8)
-    arguments = (x, packed, jnp.ones((1, 10)))
+    operands = Operands(x, packed, jnp.ones((1, 10)))
     exact = np.asarray(x, int) @ values(Int(4), codes)
-    assert np.array_equal(np.asarray(plain_packed_matmul(*arguments, carrier=int8_carrier(Int(4)))), exact)
+    assert np.array_equal(np.asarray(plain_packed_matmul(operands, int8_carrier(Int(4)))), exact)
     with pytest.raises(ValueError, match="plain_packed_matmul takes any"):
-        packed_matmul(*arguments, carrier=int8_carrier(Int(4)), interpret=True)
+        packed_matmul(operands, int8_carrier(Int(4)), interpret=True)
 
 
 def test_several_blocks_with_ragged_ends(monkeypatch):
@@ -98,7 +98,7 @@ def test_several_blocks_with_ragged_ends(monkeypatch):
     assert blocks(m, k, n, 2) == (32, 256)  # so that neither divides
     codes, packed, x = drawn(k, n, m, jnp.bfloat16)
     carrier = float_carrier(Float(2, 1), jnp.float8_e5m2)
-    found = packed_matmul(x, packed, jnp.ones((1, n)), carrier=carrier, interpret=True)
+    found = packed_matmul(Operands(x, packed, jnp.ones((1, n))), carrier, interpret=True)
     assert np.array_equal(np.asarray(found), np.asarray(x.astype(jnp.float32), float) @ values(Float(2, 1), codes))
 
 
@@ -109,14 +109,14 @@ def test_llm_fp4_at_its_largest_is_exact_in_float32(device):
     x = jnp.full((1, k), 96, elements_dtype(device))
     packed = pack_codes(jnp.full((k, 2), 7, jnp.uint8), 4)[0]
     carrier = weight_carrier(Float(2, 1), x.dtype, device)
-    found = packed_matmul(x, packed, jnp.full((1, 2), 2.0), carrier=carrier, interpret=True)
+    found = packed_matmul(Operands(x, packed, jnp.full((1, 2), 2.0)), carrier, interpret=True)
     assert np.array_equal(np.asarray(found), np.full((1, 2), 96 * 12 * k))
 
 
 def test_misfits_name_what_was_found():
     packed, scale = jnp.zeros((128, 8), jnp.uint8), jnp.ones((1, 8))
     with pytest.raises(ValueError, match=r"x \(2, 512\), packed weights \(128, 8\)"):
-        packed_matmul(jnp.zeros((2, 512), jnp.int8), packed, scale, carrier=int8_carrier(Int(4)))
+        packed_matmul(Operands(jnp.zeros((2, 512), jnp.int8), packed, scale), int8_carrier(Int(4)))
     with pytest.raises(ValueError, match="no carrier in float8_e5m2"):
         float_carrier(Int(4), jnp.float8_e5m2)
     with pytest.raises(ValueError, match="no kernels for 'TPU v3'"):

@@ -11,7 +11,7 @@ import jaxq.kernels.quantize as module
 from jaxq.contraction import apply_input
 from jaxq.formats import Float, Int
 from jaxq.kernels.layout import pack_codes
-from jaxq.kernels.packed_matmul import packed_matmul
+from jaxq.kernels.packed_matmul import Operands, packed_matmul
 from jaxq.kernels.quantize import plain_quantize_rows, quantize_rows, row_block
 from jaxq.kernels.tpu import weight_carrier
 from jaxq.qtensor import InputQuant, PerToken
@@ -78,9 +78,8 @@ def test_rows_and_packed_weights_multiply_to_what_execute_simulates(activations,
         columns = (leaf.codes.astype(jnp.int32) + carrier.offset).sum(0, keepdims=True)
         corrections = {"left": jnp.stack([rows.zero, rows.sums]), "right": jnp.stack([columns, zero])}
     (packed,) = pack_codes(jax.lax.bitcast_convert_type(leaf.codes, jnp.uint8) & 15, 4)
-    found = packed_matmul(
-        rows.codes, packed, leaf.grid.scale, carrier=carrier, rows=rows.scale, **corrections, interpret=True
-    )
+    operands = Operands(rows.codes, packed, leaf.grid.scale, rows.scale, **corrections)
+    found = packed_matmul(operands, carrier, interpret=True)
     simulated = apply_input(InputQuant(format=activations, granularity=PerToken()), x, (1,))
     exact = np.asarray(simulated, float) @ np.asarray(leaf.dequantize(), float)
     np.testing.assert_allclose(np.asarray(found), exact, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,112 @@
+"""What `execute` has a TPU do with packed weights: the kernel's product is the plain one, and it is chosen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+import jaxq
+from jaxq.formats import Float, Int
+from jaxq.kernels.plain import Integers, activation_integers, product, shifted, weight_integers
+from jaxq.kernels.tpu import E4M3, has_kernel, packed_product
+from jaxq.qtensor import PerTensor, PerToken
+from jaxq.quantizer import per_channel, per_tensor, quantize_weight
+
+M, K, N = 5, 512, 70
+WEIGHTS = [Int(4), Int(4, symmetric=False), Float(2, 1), Float(1, 2), Float(3, 0)]
+X = jax.random.normal(jax.random.key(0), (M, K)) * 3 + 0.5
+W = jax.random.normal(jax.random.key(1), (K, N))
+
+
+def read(activations) -> Integers:
+    if activations is None:
+        return Integers(X.astype(jnp.bfloat16))
+    granularity = PerToken() if activations.bits < 8 else PerTensor()
+    if granularity == PerToken():
+        return activation_integers(X, activations, granularity, None, (1,))
+    grid = quantize_weight(X, per_tensor(activations), (0, 1)).grid
+    return activation_integers(X, activations, granularity, grid, (1,))
+
+
+def both(x: Integers, weights, device: str, sums: bool = True) -> tuple[jax.Array, jax.Array]:
+    packed = jaxq.pack({"w": quantize_weight(W, per_channel(weights), (0,))})["w"]
+    w = weight_integers(packed.unpack())
+    total = w.values.sum(0, dtype=jnp.int32, keepdims=True) if sums and isinstance(weights, Int) else None
+    assert has_kernel(x, packed.split)
+    found = packed_product(x, packed.planes[0], w, packed.split, total, device, interpret=True)
+    return found, product(x, w, total, "int8")
+
+
+@pytest.mark.parametrize("device", sorted(E4M3))
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("activations", [Int(8), Int(6), Float(2, 1), None], ids=str)
+def test_the_kernels_product_is_the_plain_one(activations, weights, device):
+    x = read(activations)
+    found, wanted = both(x, weights, device)
+    atol = (2e-6 if x.bound is not None else 1e-5) * float(jnp.abs(wanted).max())
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=atol)
+
+
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize("weights", WEIGHTS[:2], ids=str)
+def test_zero_points_of_the_activation(weights, sums):
+    found, wanted = both(read(Int(8, symmetric=False)), weights, "TPU v6 lite", sums)
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS[2:], ids=str)
+def test_exponents_in_the_activation(weights):
+    x = shifted(read(Float(2, 1)), (jnp.arange(K) % 4)[None].astype(jnp.int8), 3)
+    found, wanted = both(x, weights, "TPU v5 lite")
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6 * float(jnp.abs(wanted).max()))
+
+
+def test_numbers_without_a_kernel():
+    whole, wide = read(Int(8)), read(Int(8, symmetric=False))
+    assert not has_kernel(whole, Int(8)) and not has_kernel(whole, None), "not 4 bits, or layers differ"
+    assert not has_kernel(Integers(X), Int(4)), "float32 would be rounded to bfloat16"
+    assert not has_kernel(wide, Float(2, 1)), "a zero point beside a float's elements"
+    assert not has_kernel(Integers(whole.values[:, :384], bound=127), Int(4)), "no whole blocks of 256"
+    shifted_far = shifted(whole, jnp.zeros((1, K), jnp.int8), 1)
+    assert not has_kernel(shifted_far, Int(4)), "beyond 8 bits"
+
+
+def lowered(recipe, x: jax.Array, products="int8", device: str | None = "TPU v6 lite") -> str:
+    """The program for a TPU of a product with a packed weight."""
+
+    def forward(p, x):
+        return x @ p["w"]
+
+    tree = jaxq.pack(jaxq.calibrate(forward, {"w": W.astype(x.dtype)}, [x], recipe))
+    run = jax.jit(jaxq.execute(forward, products))
+    if device is None:
+        return run.trace(tree, x).lower(lowering_platforms=("tpu",)).as_text()
+    mesh = AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=AbstractDevice(device, None, "tpu"))
+    with use_abstract_mesh(mesh):
+        return run.trace(tree, x).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [
+        (jaxq.quantize(Int(4), Int(8, symmetric=False)), jnp.float32),
+        (jaxq.quantize(Int(4), None), jnp.bfloat16),
+        (jaxq.quantize(Float(2, 1), Float(2, 1)), jnp.float32),
+        (
+            jaxq.post_shifted_fp4(4, 4, search=jaxq.FloatSearch(rounds=1, clips=jaxq.steps.log_clips(count=3))),
+            jnp.float32,
+        ),
+    ],
+    ids=["w4a8", "w4a16", "e2m1", "llm_fp4"],
+)
+def test_execute_has_a_tpu_run_the_kernel(recipe, dtype):
+    assert "jaxq_packed_matmul" in lowered(recipe, X.astype(dtype))
+
+
+def test_execute_has_no_kernel_run_elsewhere():
+    recipe = jaxq.quantize(Int(4), Int(8))
+    assert "jaxq_packed_matmul" not in lowered(recipe, X, products="float")
+    assert "jaxq_packed_matmul" not in lowered(recipe, X, device="TPU v4")
+    assert "jaxq_packed_matmul" not in lowered(recipe, X, device=None)
+    assert "jaxq_packed_matmul" not in lowered(jaxq.quantize(Int(8), Int(8)), X)
