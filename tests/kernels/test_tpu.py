@@ -1,10 +1,13 @@
 """What `execute` has a TPU do with packed weights: the kernel's product is the plain one, and it is chosen."""
 
+from importlib.util import find_spec
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Sharding, SingleDeviceSharding, use_abstract_mesh
 
 import jaxq
 from jaxq.formats import Float, Int
@@ -13,7 +16,7 @@ from jaxq.kernels.tpu import E4M3, has_kernel, packed_product
 from jaxq.qtensor import PerTensor, PerToken
 from jaxq.quantizer import per_channel, per_tensor, quantize_weight
 
-M, K, N = 5, 512, 70
+M, K, N = 5, 512, 700
 WEIGHTS = [Int(4), Int(4, symmetric=False), Float(2, 1), Float(1, 2), Float(3, 0)]
 X = jax.random.normal(jax.random.key(0), (M, K)) * 3 + 0.5
 W = jax.random.normal(jax.random.key(1), (K, N))
@@ -72,41 +75,53 @@ def test_numbers_without_a_kernel():
     assert not has_kernel(shifted_far, Int(4)), "beyond 8 bits"
 
 
-def lowered(recipe, x: jax.Array, products="int8", device: str | None = "TPU v6 lite") -> str:
+SEARCH = jaxq.FloatSearch(rounds=1, clips=jaxq.steps.log_clips(count=3))
+RECIPES = {
+    "w4a8": (jaxq.quantize(Int(4), Int(8, symmetric=False)), jnp.float32),
+    "w4a16": (jaxq.quantize(Int(4), None), jnp.bfloat16),
+    "e2m1": (jaxq.quantize(Float(2, 1), Float(2, 1)), jnp.float32),
+    "llm_fp4": (jaxq.post_shifted_fp4(4, 4, search=SEARCH), jnp.float32),
+}
+
+
+def lowered(
+    recipe, x: jax.Array, products="int8", kind: str | None = "TPU v6 lite", on: Sharding | None = None
+) -> jax.stages.Lowered:
     """The program for a TPU of a product with a packed weight."""
 
     def forward(p, x):
         return x @ p["w"]
 
     tree = jaxq.pack(jaxq.calibrate(forward, {"w": W.astype(x.dtype)}, [x], recipe))
-    run = jax.jit(jaxq.execute(forward, products))
-    if device is None:
-        return run.trace(tree, x).lower(lowering_platforms=("tpu",)).as_text()
-    mesh = AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=AbstractDevice(device, None, "tpu"))
-    with use_abstract_mesh(mesh):
-        return run.trace(tree, x).lower(lowering_platforms=("tpu",)).as_text()
+    given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on), (tree, x))
+    device = None if kind is None else AbstractDevice(kind, None, "tpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=device)):
+        return jax.jit(jaxq.execute(forward, products)).trace(*given).lower(lowering_platforms=("tpu",))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "dtype"),
-    [
-        (jaxq.quantize(Int(4), Int(8, symmetric=False)), jnp.float32),
-        (jaxq.quantize(Int(4), None), jnp.bfloat16),
-        (jaxq.quantize(Float(2, 1), Float(2, 1)), jnp.float32),
-        (
-            jaxq.post_shifted_fp4(4, 4, search=jaxq.FloatSearch(rounds=1, clips=jaxq.steps.log_clips(count=3))),
-            jnp.float32,
-        ),
-    ],
-    ids=["w4a8", "w4a16", "e2m1", "llm_fp4"],
-)
-def test_execute_has_a_tpu_run_the_kernel(recipe, dtype):
-    assert "jaxq_packed_matmul" in lowered(recipe, X.astype(dtype))
+@pytest.mark.parametrize("name", RECIPES)
+def test_execute_has_a_tpu_run_the_kernel(name):
+    recipe, dtype = RECIPES[name]
+    assert "jaxq_packed_matmul" in lowered(recipe, X.astype(dtype)).as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="no TPU compiler: pip install 'jaxq[tpu-aot]'")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_execute_compiles_for_tpus(name, topology, monkeypatch):
+    """Nothing of the size of the weight is made on the way, but for the activation in other numbers."""
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    recipe, dtype = RECIPES[name]
+    program = lowered(recipe, X.astype(dtype), kind=device.device_kind, on=SingleDeviceSharding(device)).compile()
+    assert "jaxq_packed_matmul" in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes < 2 * W.size
 
 
 def test_execute_has_no_kernel_run_elsewhere():
     recipe = jaxq.quantize(Int(4), Int(8))
-    assert "jaxq_packed_matmul" not in lowered(recipe, X, products="float")
-    assert "jaxq_packed_matmul" not in lowered(recipe, X, device="TPU v4")
-    assert "jaxq_packed_matmul" not in lowered(recipe, X, device=None)
-    assert "jaxq_packed_matmul" not in lowered(jaxq.quantize(Int(8), Int(8)), X)
+    assert "jaxq_packed_matmul" not in lowered(recipe, X, products="float").as_text()
+    assert "jaxq_packed_matmul" not in lowered(recipe, X, kind="TPU v4").as_text()
+    assert "jaxq_packed_matmul" not in lowered(recipe, X, kind=None).as_text()
+    assert "jaxq_packed_matmul" not in lowered(jaxq.quantize(Int(8), Int(8)), X).as_text()
