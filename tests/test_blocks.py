@@ -233,7 +233,8 @@ def test_beside_an_outlier_more_exponents_keep_more():
     assert lost("mxfp8") < lost("mxfp8 E5M2") < lost("mxfp6 E3M2") < lost("mxfp6") < lost("mxfp4")
 
 
-@pytest.mark.parametrize("kind", [pytest.param("mxfp6", marks=pytest.mark.slow), "nvfp4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mxfp6", "nvfp4"])
 def test_stacked_layers_calibrated_saved_vmapped_and_differentiated(kind, tmp_path):
     fmt, run = QUANTIZERS[kind], jax.jit(jaxq.execute(transformer))
     params = {"embed": normal(0, 40, 32), "layers": block_params(0, 32, 2), "head": weight(2, 32, 40)}

@@ -154,6 +154,7 @@ FLOAT = {"format": "float", "bits": 4}
 LLM_FP4 = {"name": "llm_fp4", "rounds": 1, "candidates": 5, "search": "exhaustive"}
 
 
+@pytest.mark.slow
 def test_the_float_formats_that_were_chosen_are_told(opt, text, tmp_path):
     recipe = tmp_path / "fp4.yaml"
     floats = {"weights": FLOAT | {"exponent_bits": 3}, "activations": FLOAT, "embeddings": FLOAT | {"bits": 8}}
@@ -366,6 +367,7 @@ def test_real_models(name, recipe, limit, tmp_path):
     assert found[1] < limit * found[0]
 
 
+@pytest.mark.slow
 def test_llama_exports_too(text, tmp_path):
     model = write_model(tmp_path / "model", LLAMA)
     recipe = tmp_path / "llama.yaml"

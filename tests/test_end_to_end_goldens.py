@@ -145,7 +145,11 @@ def with_published_grids(z, quantized: jaxq.Quantized, layers: str, names: dict[
     return replace(quantized, inputs=inputs)
 
 
-@pytest.mark.parametrize("case", list(CASES))
+# One of each family here; the others are OPT at fewer bits.
+SLOW = ("e2e_opt_int5_token", "e2e_opt_int4_group16")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in CASES])
 def test_end_to_end(case: str, tmp_path: Path) -> None:
     z = np.load(GOLDENS / f"{case}.npz")
     model, quantized = calibrated(z, *CASES[case], tmp_path)

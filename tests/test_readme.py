@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from jaxq.qtensor import Packed
 from jaxq.recipes import RecipeFile
 from jaxq.yaml_file import read_yaml
 
@@ -14,15 +15,16 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_examples_run(capsys):
-    checkpoint, own_model, quantizing, floats, coverage = blocks("python")
+    checkpoint, own_model, quantizing, floats, packing, coverage = blocks("python")
     assert len(checkpoint.splitlines()) <= 6 and len(quantizing.splitlines()) <= 5
     names: dict = {}
     exec(checkpoint, names)
     assert "Perplexity(perplexity=" in capsys.readouterr().out
     names = {}
-    exec(own_model + quantizing + floats + coverage, names)
+    exec(own_model + quantizing + floats + packing + coverage, names)
     assert names["logits"].shape == (16, 10)
     assert names["qparams"].params["up"]["kernel"].format == names["jaxq"].AnyFloat(4)
+    assert isinstance(names["packed"].params["up"]["kernel"], Packed)
     assert "up/kernel" in capsys.readouterr().out
 
 

@@ -190,7 +190,11 @@ def test_float_search(keys, want, monkeypatch):
 @pytest.mark.parametrize(
     "method, by_hand",
     [
-        ([{"name": "post_shifted_fp4"}], lambda: post_shifted_fp4(4, 4, 4, search=SHORTER)),
+        pytest.param(
+            [{"name": "post_shifted_fp4"}],
+            lambda: post_shifted_fp4(4, 4, 4, search=SHORTER),
+            marks=pytest.mark.slow,
+        ),
         ([{"name": "fpq_baseline"}], lambda: fpq_baseline(4, 4, 4, search=SHORTER)),
         (
             [{"name": "channel_shift"}, {"name": "llm_fp4"}],
@@ -246,7 +250,7 @@ def cross_entropy(forward, params, masks=None) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_search_is_the_best_of_the_calibrations_one_by_one(masked, tmp_path):
     model = tiny_model(OPT)
     masks = [np.arange(16)[None] < np.array([[16], [11]])] * 2 if masked else None

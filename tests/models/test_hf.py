@@ -75,7 +75,7 @@ class TestLoad:
             assert isinstance(base, np.memmap)
 
     @pytest.mark.parametrize("name", ("opt", "mistral", "bloom"))
-    @pytest.mark.parametrize("stored", (np.float16, ml_dtypes.bfloat16))
+    @pytest.mark.parametrize("stored", (pytest.param(np.float16, marks=pytest.mark.slow), ml_dtypes.bfloat16))
     def test_half_precision_is_promoted_unless_asked_for(self, stored, name, tmp_path):
         model = load(GOLDEN / name)
         save_hf(model, jax.tree.map(lambda leaf: leaf.astype(stored), model.params), tmp_path / "half")

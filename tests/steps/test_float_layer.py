@@ -32,13 +32,13 @@ def lost(s: Specimen, q: jaxq.Quantized) -> float:
 
 
 KINDS = [
-    bare.transposed,
     bare.einsum_heads_in,  # a contraction over two axes, as attention's output projection
     bare.conv2d_nhwc,
-    bare.vmapped_experts,
     control.scan_stacked,
 ]
 RELATIVES = [  # of these
+    bare.vmapped_experts,
+    bare.transposed,
     bare.matmul,
     bare.permuted_contraction,
     bare.reshaped_weight,
