@@ -24,7 +24,7 @@ def test_the_examples_run(capsys):
     exec(own_model + quantizing + floats + packing + coverage, names)
     assert names["logits"].shape == (16, 10)
     assert names["qparams"].params["up"]["kernel"].format == names["jaxq"].AnyFloat(4)
-    assert isinstance(names["packed"].params["up"]["kernel"], Packed)
+    assert isinstance(names["packed"].params["up"]["kernel"].get_value(), Packed)
     assert "up/kernel" in capsys.readouterr().out
 
 
