@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import jax
@@ -118,8 +119,8 @@ def search_grids(
     def scale_at(i: jax.Array, width: jax.Array, mantissa: jax.Array) -> jax.Array:
         return candidates.at(i.reshape(width.shape), scale_from_width(fmt, width, mantissa), mantissa)
 
-    def sparse(rows: slice, mantissa: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-        """The sparse grid's losses of a format on some of the rows, and how others are found."""
+    def loss_of(rows: slice, mantissa: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """From candidates to the losses of some of the rows in a format."""
         some, widths = _rows(problem, rows), width if shared else width[:, rows]
         parts = _parts(some.v.size * 4, budget)
 
@@ -128,15 +129,19 @@ def search_grids(
             found = priced(some, fmt, scale * spread(scale, mantissa), mantissa, metric, parts)
             return (found * some.real[None]).sum() if shared else found
 
-        shape = () if shared else widths.shape[:2]
-        return coarse(method, candidates.count, candidates.whole, shape, loss), loss
+        return loss
 
-    every = 1 if method.stride == 1 else max(1, len(problem.real) // DECIDING)
-    mantissa = mantissas[0]
-    if len(mantissas) > 1:
-        tables = jax.lax.map(lambda m: sparse(slice(None, None, every), m)[0], mantissas)
-        mantissa = mantissas[tables.min(1).reshape(len(mantissas), -1).sum(1).argmin()]
-    i, losses = best_of(refine(method, *sparse(slice(None), mantissa)))
+    def sparse(rows: slice, mantissa: jax.Array) -> jax.Array:
+        shape = () if shared else width[:, rows].shape[:2]
+        return coarse(method, candidates.count, candidates.whole, shape, loss_of(rows, mantissa))
+
+    sampled = len(mantissas) > 1 and method.stride > 1
+    every = max(1, len(problem.real) // DECIDING) if sampled else 1
+    tables = jax.lax.map(partial(sparse, slice(None, None, every)), mantissas)
+    best = tables.min(1).reshape(len(mantissas), -1).sum(1).argmin()
+    mantissa, all_rows = mantissas[best], slice(None)
+    first = tables[best] if every == 1 else sparse(all_rows, mantissa)
+    i, losses = best_of(refine(method, first, loss_of(all_rows, mantissa)))
     return Found(scale_at(i, width, mantissa), mantissa, losses.sum())
 
 
