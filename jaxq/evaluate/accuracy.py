@@ -47,13 +47,10 @@ def accuracy(
         if begin == 0:
             _check(logits, labels)
         if not math.isfinite(logits.sum()):
-            raise ValueError(
-                "the logits are not finite: the weights are damaged, or the inputs are not the model's own"
-            )
+            raise ValueError("the logits are not finite: the weights, or the inputs, are not the model's own")
         found[rows] = logits.argmax(axis=-1)
-    return Accuracy(
-        float(np.mean(found == labels)), matthews(found, labels), len(labels), time.perf_counter() - started
-    )
+    right = float(np.mean(found == labels))
+    return Accuracy(right, matthews(found, labels), len(labels), time.perf_counter() - started)
 
 
 def _check(logits: np.ndarray, labels: np.ndarray) -> None:

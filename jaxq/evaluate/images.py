@@ -77,8 +77,8 @@ def preprocess(images: np.ndarray, model: Model) -> np.ndarray:
         images = _crop(images, _size(settings, "crop_size"))
     if images.shape[1:] != model.pixels:
         raise ValueError(
-            f"preprocessed images are {list(images.shape[1:])}, {model.name} reads {list(model.pixels)}: give images of "
-            "that size, or a preprocessor_config.json that resizes to it"
+            f"preprocessed images are {list(images.shape[1:])}, {model.name} reads {list(model.pixels)}: give images "
+            "of that size, or a preprocessor_config.json that resizes to it"
         )
     pixels = images.astype(np.float32)
     if settings["do_rescale"]:
@@ -135,9 +135,11 @@ def _resize(images: np.ndarray, size: tuple[int, int], resample: int) -> np.ndar
         return images
     from PIL import Image  # not needed by a model of text
 
+    height, width = size
+
     def one(image: np.ndarray) -> np.ndarray:
         picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-        return np.asarray(picture.resize(size[::-1], Image.Resampling(resample))).reshape(*size, -1)
+        return np.asarray(picture.resize((width, height), Image.Resampling(resample))).reshape(height, width, -1)
 
     return np.stack([one(image) for image in images])
 
