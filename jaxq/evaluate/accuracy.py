@@ -2,14 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
+
+from jaxq.evaluate.batches import on_device
 
 
 @dataclass(frozen=True)
@@ -25,27 +26,23 @@ class Accuracy:
 def accuracy(
     forward: Callable[..., jax.Array],
     params: Any,
-    inputs: Callable[[np.ndarray], tuple[np.ndarray, ...]],
+    batches: Iterable[tuple[np.ndarray, tuple[np.ndarray, ...]]],
     labels: np.ndarray,
-    batch_size: int = 8,
     progress: bool = False,
 ) -> Accuracy:
-    """Accuracy of ``forward(params, *inputs(rows)) -> logits [B, labels]``.
+    """Accuracy of ``forward(params, *inputs) -> logits [B, labels]``, whose largest is compared with ``labels``.
 
-    ``inputs`` makes a batch from examples' numbers, int ``[B]``; ``labels`` is int ``[N]``. One shape is compiled: the
-    last batch is filled up with copies that do not count. The seconds include compilation.
+    ``labels`` is int ``[N]``; ``batches`` gives the numbers of some examples, int ``[B]``, with their inputs. Each of
+    the N is in a batch; one that is there again does not count twice. The seconds include compilation.
     Raises ValueError without examples, for logits of another shape or not finite, and for labels beyond them.
     """
     if len(labels) == 0:
         raise ValueError("there are no examples to measure accuracy on")
-    started, batch_size, run = time.perf_counter(), min(batch_size, len(labels)), jax.jit(forward)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
+    started, run, params = time.perf_counter(), jax.jit(forward), on_device(params)
     found = np.empty(len(labels), np.int64)
-    for begin in track(range(0, len(labels), batch_size), description="accuracy", disable=not progress):
-        rows = np.minimum(np.arange(begin, begin + batch_size), len(labels) - 1)
-        logits = np.asarray(run(params, *inputs(rows)), np.float32)
-        if begin == 0:
-            _check(logits, labels)
+    for rows, inputs in track(batches, description="accuracy", disable=not progress):
+        logits = np.asarray(run(params, *inputs), np.float32)
+        _check(logits, labels)
         if not math.isfinite(logits.sum()):
             raise ValueError("the logits are not finite: the weights, or the inputs, are not the model's own")
         found[rows] = logits.argmax(axis=-1)

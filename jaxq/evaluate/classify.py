@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxq.evaluate.accuracy import Accuracy, accuracy
+from jaxq.evaluate.batches import by_width, cut
 from jaxq.evaluate.text import pad_columns
 from jaxq.models import Model
 
@@ -82,7 +83,9 @@ def classify(
     labels = np.array([_number(row, names) for row in rows])
     columns = list(zip(*(row.texts for row in rows)))
     inputs = pad_columns(columns, model.tokenizer, length, vocab_size=model.config["vocab_size"])
-    return accuracy(forward, params, lambda some: tuple(x[some] for x in inputs), labels, batch_size, progress)
+    widths = by_width(inputs[1].sum(axis=1), batch_size, length)
+    batches = ((some, tuple(cut(x[some], width) for x in inputs)) for some, width in widths)
+    return accuracy(forward, params, batches, labels, progress)
 
 
 def _number(row: Labelled, names: dict[str, int]) -> int:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxq.evaluate.accuracy import Accuracy, accuracy
+from jaxq.evaluate.batches import in_order
 from jaxq.models import Model
 
 # What transformers' processors take for granted.
@@ -98,11 +99,14 @@ def classify_images(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Accuracy:
-    """Accuracy of ``forward(params, pixels) -> logits`` on images that ``preprocess`` takes for ``model``.
+    """Accuracy of ``forward(params, pixels) -> logits`` on images, preprocessed as ``model`` reads them.
+
+    One shape is compiled.
 
     Raises ValueError as ``preprocess`` and ``accuracy`` do.
     """
-    return accuracy(forward, params, lambda rows: (preprocess(images[rows], model),), labels, batch_size, progress)
+    batches = ((rows, (preprocess(images[rows], model),)) for rows in in_order(len(images), batch_size))
+    return accuracy(forward, params, batches, labels, progress)
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
