@@ -42,7 +42,7 @@ class Batches:
 
     def __str__(self) -> str:
         count, rows, *each = self.shape
-        return f"{count} batches of {rows} {self.kind} x {' x '.join(map(str, each))}"
+        return f"{count} batches of {rows} {self.kind} x {f'{each[0]} tokens' if len(each) == 1 else each}"
 
 
 def calibration_batches(model: Model, recipe: RecipeFile, calibration: Calibration) -> Batches:

@@ -37,7 +37,9 @@ def perplexity_command(name: str, text: Path, length: int, batch_size: int, out:
     documents = read_documents(text)
     model, quantized = load_model(name)
     if not model.causal:
-        raise ValueError(f"{name} has no perplexity: measure it by `--sts`, `--classify` or `--images`")
+        raise ValueError(
+            f"{name} is an encoder, which has no perplexity: measure it by `--sts`, `--classify` or `--images`"
+        )
     windows = model_windows(model, documents, length, text)
     result = perplexity(execute(model.forward), quantized, windows, batch_size, progress=console().is_terminal)
     row = (name, result.perplexity, result.tokens, round(result.seconds, 1))

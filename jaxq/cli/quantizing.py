@@ -87,7 +87,7 @@ def quantize_command(
 def _check_recipe(model: Model, recipe: RecipeFile) -> None:
     if not model.causal and searches_percentile(recipe):
         raise ValueError(
-            f"{recipe.name}: `percentile: search` goes by a language model's loss, {model.name} has none: give a "
+            f"{recipe.name}: `percentile: search` goes by a language model's loss, {model.name} is an encoder: give a "
             "percentile in the recipe"
         )
 

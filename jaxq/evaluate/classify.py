@@ -76,9 +76,11 @@ def classify(
       model: where the tokenizer and the labels' names come from.
       length: longer rows are cut there; at most the model's context.
 
-    Raises ValueError for a label that is neither a number nor one of the model's names, and as `pad_columns` and
+    Raises ValueError for a language model, a label that is neither a number nor one of the model's names, and as `pad_columns` and
     `accuracy` do.
     """
+    if model.causal:
+        raise ValueError(f"{model.name} is a language model; labels are for classifiers")
     names = {name: int(number) for number, name in model.config.get("id2label", {}).items()}
     labels = np.array([_number(row, names) for row in rows])
     columns = list(zip(*(row.texts for row in rows)))

@@ -39,8 +39,8 @@ def read_images(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     Nothing is unpickled.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = file["images"], file["labels"]
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]}; what is read has `images` and `labels`") from error
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
