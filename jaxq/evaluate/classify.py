@@ -76,8 +76,8 @@ def classify(
       model: where the tokenizer and the labels' names come from.
       length: longer rows are cut there; at most the model's context.
 
-    Raises ValueError for a language model, a label that is neither a number nor one of the model's names, and as `pad_columns` and
-    `accuracy` do.
+    Raises ValueError for a language model, a label that is neither a number nor one of the model's names, and as
+    `pad_columns` and `accuracy` do.
     """
     if model.causal:
         raise ValueError(f"{model.name} is a language model; labels are for classifiers")

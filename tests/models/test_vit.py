@@ -104,12 +104,15 @@ PIXELS = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float3
 SIX = jaxq.quantize(jaxq.per_channel(jaxq.Int(6)), jaxq.per_tensor(jaxq.Int(6, symmetric=False)))
 SEARCH = jaxq.FloatSearch(clips=log_clips(0.5, 2.0, 9), method=jaxq.exhaustive(), rounds=1)
 LLM_FP4 = jaxq.llm_fp4(weights=4, activations=4, search=SEARCH)
-NORMED = {f"layers/{i}/{name}/kernel" for i in (0, 1) for name in ("attn/q", "mlp/up")} | {"classifier/kernel"}
+NORMED = {f"layers/{i}/{name}/kernel" for i in (0, 1) for name in ("attn/q", "mlp/up")}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(VIT)
+DEIT = VIT | {"model_type": "deit", "architectures": ["DeiTForImageClassificationWithTeacher"]}
+
+
+@pytest.fixture(scope="module", params=[VIT, DEIT], ids=["vit", "deit-teacher"])
+def model(request):
+    return tiny_model(request.param)
 
 
 def test_sites(model):
@@ -118,7 +121,7 @@ def test_sites(model):
     assert [row.path for row in found if row.left_out] == ["positions"], "it is added, not multiplied"
     contracted = {path for path in flat(model.params) if path.endswith("kernel")}
     assert contracted == {row.path for row in found if row.kind == "linear"}
-    for path in NORMED:
+    for path in NORMED | ({"classifier/kernel"} & rows.keys()):
         assert rows[path].scale_into and rows[path].shift_into, path
 
 
