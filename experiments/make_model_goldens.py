@@ -18,6 +18,9 @@ from transformers import (
     BertModel,
     BloomConfig,
     BloomForCausalLM,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -29,6 +32,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
@@ -70,6 +75,15 @@ BERT = {
     "max_position_embeddings": 16,
     "num_labels": 3,
 }
+VIT = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 2,
+    "image_size": [8, 12],
+    "patch_size": 4,
+    "num_labels": 3,
+}
 
 
 def models() -> dict[str, PreTrainedModel]:
@@ -87,6 +101,9 @@ def models() -> dict[str, PreTrainedModel]:
         "bert": BertModel(BertConfig(**BERT)),
         "bert-classifier": BertForSequenceClassification(BertConfig(**BERT)),
         "bert-masked-lm": BertForMaskedLM(BertConfig(**BERT)),
+        "vit": ViTForImageClassification(ViTConfig(**VIT, qkv_bias=False)),
+        "deit": DeiTForImageClassification(DeiTConfig(**VIT)),
+        "deit-teacher": DeiTForImageClassificationWithTeacher(DeiTConfig(**VIT)),
     }
 
 
@@ -98,8 +115,8 @@ def randomise(model: PreTrainedModel) -> None:
         parameter.data = noise + 1 if "norm" in name.lower() and name.endswith("weight") else noise
 
 
-def outputs(model: PreTrainedModel, tokens: np.ndarray, **more: np.ndarray) -> np.ndarray:
-    found = model(torch.tensor(tokens), **{name: torch.tensor(value) for name, value in more.items()})
+def outputs(model: PreTrainedModel, inputs: np.ndarray, **more: np.ndarray) -> np.ndarray:
+    found = model(torch.tensor(inputs), **{name: torch.tensor(value) for name, value in more.items()})
     return (found.logits if "logits" in found else found.last_hidden_state).numpy()
 
 
@@ -107,26 +124,35 @@ def outputs(model: PreTrainedModel, tokens: np.ndarray, **more: np.ndarray) -> n
 def write(name: str, model: PreTrainedModel) -> None:
     model.eval().set_attn_implementation("eager")
     randomise(model)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, VOCABULARY, (BATCH, LENGTH))
-    mask = np.ones((BATCH, LENGTH), np.int64)
-    mask[0, :3], mask[1, -2:] = 0, 0  # one row padded on the left, one on the right
     folder = GOLDEN / name
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, max_shard_size="12KB" if "sharded" in name else "1GB")
     (folder / "generation_config.json").unlink(missing_ok=True)
+    expected = of_images(model) if isinstance(model.config, ViTConfig | DeiTConfig) else of_text(name, model)
+    np.savez_compressed(folder / "expected.npz", **expected)
+
+
+def of_images(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    shape = (BATCH, *model.config.image_size, model.config.num_channels)
+    pixels = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    return {"pixels": pixels, "logits": outputs(model, pixels.transpose(0, 3, 1, 2))}
+
+
+def of_text(name: str, model: PreTrainedModel) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCABULARY, (BATCH, LENGTH))
+    mask = np.ones((BATCH, LENGTH), np.int64)
+    mask[0, :3], mask[1, -2:] = 0, 0  # one row padded on the left, one on the right
     more = {}
     if name.startswith("bert"):
         more["token_types"] = (np.arange(LENGTH) >= np.array([[4], [7]])).astype(np.int64)
         more["typed_logits"] = outputs(model, tokens, attention_mask=mask, token_type_ids=more["token_types"])
-    np.savez_compressed(
-        folder / "expected.npz",
-        tokens=tokens.astype(np.int32),
-        mask=mask.astype(np.int32),
-        logits=outputs(model, tokens),
-        masked_logits=outputs(model, tokens, attention_mask=mask),
-        **more,
-    )
+    return more | {
+        "tokens": tokens.astype(np.int32),
+        "mask": mask.astype(np.int32),
+        "logits": outputs(model, tokens),
+        "masked_logits": outputs(model, tokens, attention_mask=mask),
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A quantized language model on disk: what `storage` writes, with the configuration and the tokenizer beside it."""
+"""A quantized model on disk: what `storage` writes, with the configuration, tokenizer or preprocessor beside it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxq.models import Model, load, model_of, save_hf
+from jaxq.models.hf import read_preprocessor, save_readers
 from jaxq.qtensor import Quantized
 from jaxq.storage import STRUCTURE
 from jaxq.storage import load as load_quantized
@@ -22,7 +23,7 @@ def save_model(
     """Writes a directory from which `load_model` needs nothing else; all of it or none of it.
 
     Args:
-      model: where the configuration and the tokenizer come from; its parameters are not read.
+      model: where the configuration and the tokenizer or preprocessor come from; its parameters are not read.
       about: whatever JSON can say of the model.
       folded: full-precision parameters to put beside it as a Hugging Face checkpoint, in the folder `hf`; or None.
 
@@ -31,8 +32,7 @@ def save_model(
 
     def further(folder: Path) -> None:
         (folder / CONFIG).write_text(json.dumps(model.config, indent=2, sort_keys=True) + "\n", "utf-8")
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(folder)
+        save_readers(model, folder)
         if folded is not None:
             save_hf(model, folded, folder / EXPORTED)
 
@@ -49,8 +49,8 @@ def load_model(name_or_dir: str | os.PathLike[str]) -> tuple[Model, Quantized]:
         model = load(str(name_or_dir))
         return model, Quantized(model.params)
     quantized, about = load_quantized(path)
-    model = model_of(_config(path / CONFIG), quantized.params, _tokenizer(path), str(about.get("name", path.name)))
-    return model, quantized
+    config, name = _config(path / CONFIG), str(about.get("name", path.name))
+    return model_of(config, quantized.params, _tokenizer(path), name, read_preprocessor(path)), quantized
 
 
 def _config(path: Path) -> dict[str, Any]:

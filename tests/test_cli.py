@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from jaxq import storage
 from jaxq.cli import app
-from tests.tiny import BERT, LLAMA, OPT, TEXT, write_model
+from tests.tiny import BERT, LLAMA, OPT, TEXT, VIT, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = (ROOT / "../shared").resolve()
@@ -140,6 +140,52 @@ def test_each_model_has_its_own_measure(opt, bert, text, pairs, tmp_path):
     refused(run("eval", bert, "--sts", text, code=1), "row 1", "sentence,sentence,score")
     for given in ((), ("--sts", pairs, "--perplexity", text)):
         refused(run("eval", bert, *given, code=1), "--perplexity", "--sts")
+
+
+def test_a_classifier_of_sentences(opt, recipe, text, tmp_path):
+    model = write_model(tmp_path / "model", BERT, architectures=["BertForSequenceClassification"])
+    rows = tmp_path / "rows.tsv"
+    rows.write_text("sentence1\tsentence2\tlabel\ndef add\treturn\t1\nclass\tThing\t0\nx\ty\t1\n", "utf-8")
+    quantize(model, recipe, text, tmp_path / "out")
+    for name in (model, tmp_path / "out"):
+        shown = run("eval", name, "--classify", rows, "--json", tmp_path / "a.json")
+        found = json.loads((tmp_path / "a.json").read_text())
+        assert found["examples"] == 3 and found["accuracy"] * 3 % 1 == pytest.approx(0) and found["length"] == 32
+        assert "accuracy" in shown and f"{found['accuracy']:.4g}" in shown and f"{found['matthews']:.4g}" in shown
+    rows.write_text("def add\treturn\t2\n", "utf-8")
+    refused(run("eval", model, "--classify", rows, code=1), "labels run from 2 to 2", "tells 2 apart")
+    refused(run("eval", opt, "--classify", rows, code=1), "language model")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    random, path = np.random.default_rng(0), tmp_path / "images.npz"
+    np.savez(path, images=random.integers(0, 256, (10, 12, 12), np.uint8), labels=random.integers(0, 5, 10))
+    return path
+
+
+def test_a_model_of_images(opt, images, text, pairs, tmp_path):
+    model = write_model(tmp_path / "model", VIT)
+    recipe = tmp_path / "os_plus.yaml"
+    recipe.write_text(
+        yaml.safe_dump(RECIPE | {"method": {"name": "os_plus", "search": "fast"}, "skip": ["classifier*"]}), "utf-8"
+    )
+    shown = quantize(model, recipe, images, tmp_path / "out", "--export", "hf")
+    assert "2 batches of 2 images x [8, 8, 3]" in shown and "4 groups transformed" in shown
+    about = json.loads((tmp_path / "out/jaxq.json").read_text())["about"]
+    assert about["proofs"]["fold_error_of_logits"] < 1e-5 and about["calibration"]["batches"] == [2, 2, 8, 8, 3]
+    for name in (model, tmp_path / "out", tmp_path / "out/hf"):
+        shown = run("eval", name, "--images", images, "--batch-size", 4, "--json", tmp_path / "a.json")
+        found = json.loads((tmp_path / "a.json").read_text())
+        assert found["examples"] == 10 and found["accuracy"] * 10 % 1 == pytest.approx(0)
+        assert "accuracy" in shown and f"{found['accuracy']:.4g}" in shown
+    assert "patches/kernel" in run("sites", model)
+    refused(run("eval", model, "--perplexity", text, code=1), "no perplexity", "--images")
+    refused(run("eval", model, "--sts", pairs, code=1), "no tokenizer")
+    refused(run("eval", opt, "--images", images, code=1), "reads text")
+    refused(run("eval", model, "--images", text, code=1), "text.txt", "not an npz file")
+    refused(quantize(model, recipe, text, tmp_path / "another", code=1), "text.txt", "not an npz file")
+    refused(quantize(opt, recipe, images, tmp_path / "another", code=1), "images.npz", "UTF-8")
 
 
 def test_no_percentile_is_searched_for_an_encoder(bert, text, tmp_path):

@@ -54,6 +54,18 @@ BERT = {
     "vocab_size": 1024,
     "max_position_embeddings": 32,
 }
+VIT = {
+    "model_type": "vit",
+    "architectures": ["ViTForImageClassification"],
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "id2label": {str(i): str(i) for i in range(5)},
+}
+PREPROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
 TEXT = (
     "def add(a, b):\n    return a + b\n\n\nclass Thing:\n    name = 'x'\n    for i in range(10):\n        print(i)\n"
     * 40
@@ -78,7 +90,10 @@ def tiny_model(config: dict, **changes: object) -> Model:
         return noise * np.float32(0.5 if "kernel" in name else 0.1)
 
     layout = jax.eval_shape(lambda: init(config))
-    return model_of(config, jax.tree_util.tree_map_with_path(draw, layout), tokenizer(), "tiny")
+    params = jax.tree_util.tree_map_with_path(draw, layout)
+    if "image_size" in config:
+        return model_of(config, params, name="tiny", preprocessor=PREPROCESSOR)
+    return model_of(config, params, tokenizer(), "tiny")
 
 
 def write_model(folder: Path, config: dict, max_shard_bytes: int = 10**9, **changes: object) -> Path:

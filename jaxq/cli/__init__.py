@@ -20,7 +20,7 @@ app = typer.Typer(
 MODEL_HELP = "Embedded model (stdlib-opt), directory in Hugging Face format, or hub name (owner/model)."
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE, too.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows, or sentences, in a batch.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows, sentences or images in a batch.")]
 Length = Annotated[
     int | None, typer.Option(min=2, help="Tokens in a window, or a sentence at most; at most the model's context.")
 ]
@@ -37,10 +37,16 @@ def quantize(
     model: ModelName,
     recipe: Annotated[str, typer.Option(help="YAML file, or the name of a recipe of jaxq's own (`jaxq recipes`).")],
     calibration: Annotated[
-        Path, typer.Option(help="Text; <|endoftext|> between documents, or, for an encoder, a sentence a line.")
+        Path,
+        typer.Option(
+            help="Text; <|endoftext|> between documents, or, for an encoder, a sentence a line. For a model of images, "
+            "an npz file as of `eval --images`, whose labels are not used."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
-    samples: Annotated[int | None, typer.Option(min=1, help="Windows, or sentences; default: the recipe's.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Windows, sentences or images; default: the recipe's.")
+    ] = None,
     length: Length = None,
     batch_size: BatchSize = None,
     export: Annotated[
@@ -52,7 +58,7 @@ def quantize(
         typer.Option(metavar="DIR", help="Keep finished groups in DIR; the same command resumes from them."),
     ] = None,
 ) -> None:
-    """Quantize a language model or an encoder by a recipe, check the folds, and save it."""
+    """Quantize a language model, an encoder or a model of images by a recipe, check the folds, and save it."""
     from jaxq.cli.quantizing import Calibration, quantize_command
 
     what = Calibration(calibration, samples, length, batch_size)
@@ -74,22 +80,39 @@ def evaluate(
         typer.Option(metavar="LIST", help="Tasks of lm-evaluation-harness, or .jsonl files, with commas between them."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many items of each task.")] = None,
+    classify: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of sentences or pairs with labels, to measure a classifier on: sentence, [sentence,] label in "
+            "each row; GLUE's headers are understood. Tabs between cells, or, in a .csv file, commas."
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="npz file to measure a classifier of images on: images (uint8 [n, h, w] or [n, h, w, 3]) and labels."
+        ),
+    ] = None,
     length: Length = 512,
     batch_size: BatchSize = 8,
     json: Json = None,
 ) -> None:
     """Measure a model, quantized or not, in one of the ways below."""
-    from jaxq.cli.evaluating import perplexity_command, sts_command, tasks_command
+    from jaxq.cli import evaluating as run
 
     assert length is not None and batch_size is not None
-    if sum(what is not None for what in (perplexity, sts, tasks)) != 1:
-        raise ValueError("give one of --perplexity FILE, --sts FILE and --tasks LIST")
+    if sum(what is not None for what in (perplexity, sts, tasks, classify, images)) != 1:
+        raise ValueError("give one of --perplexity FILE, --sts FILE, --tasks LIST, --classify FILE and --images FILE")
     if perplexity is not None:
-        perplexity_command(model, perplexity, length, batch_size, json)
+        run.perplexity_command(model, perplexity, length, batch_size, json)
     elif sts is not None:
-        sts_command(model, sts, length, batch_size, json)
+        run.sts_command(model, sts, length, batch_size, json)
     elif tasks is not None:
-        tasks_command(model, [name.strip() for name in tasks.split(",")], limit, batch_size, json)
+        run.tasks_command(model, [name.strip() for name in tasks.split(",")], limit, batch_size, json)
+    elif classify is not None:
+        run.classify_command(model, classify, length, batch_size, json)
+    elif images is not None:
+        run.images_command(model, images, batch_size, json)
 
 
 @app.command()

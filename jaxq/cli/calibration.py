@@ -1,4 +1,4 @@
-"""Text as a model reads it: windows for a language model, padded sentences for an encoder."""
+"""What a model is calibrated on: windows for a language model, padded sentences for an encoder, or images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxq.evaluate import pack, pad
+from jaxq.evaluate import pack, pad, preprocess, read_documents, read_images
 from jaxq.models import Model
 from jaxq.recipes import RecipeFile
 from jaxq.report import say
@@ -16,9 +16,9 @@ from jaxq.report import say
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text, and what of the recipe's own calibration settings is overridden."""
+    """The file of text or images, and what of the recipe's own calibration settings is overridden."""
 
-    text: Path
+    file: Path
     samples: int | None = None
     length: int | None = None
     batch_size: int | None = None
@@ -26,36 +26,48 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Batches:
-    """What `calibrate` takes: inputs of one shape, int32 tokens and for an encoder their mask, and the masks apart."""
+    """What `calibrate` takes: inputs of one shape, tokens and for an encoder their mask, or pixels; the masks apart.
+
+    `kind` says in words what a row is.
+    """
 
     inputs: Sequence[tuple[np.ndarray, ...]]
     masks: Sequence[np.ndarray] | None
+    kind: str
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Batches, rows in each, tokens in each row."""
-        rows, tokens = self.inputs[0][0].shape
-        return len(self.inputs), rows, tokens
+    def shape(self) -> tuple[int, ...]:
+        """Batches, rows in each, and the shape of a row: tokens, or height, width and channels."""
+        return len(self.inputs), *self.inputs[0][0].shape
+
+    def __str__(self) -> str:
+        count, rows, *each = self.shape
+        return f"{count} batches of {rows} {self.kind} x {f'{each[0]} tokens' if len(each) == 1 else each}"
 
 
-def calibration_batches(model: Model, documents: list[str], recipe: RecipeFile, calibration: Calibration) -> Batches:
-    """Windows, or for an encoder sentences, spread evenly over the text; a last, smaller batch is dropped.
+def calibration_batches(model: Model, recipe: RecipeFile, calibration: Calibration) -> Batches:
+    """Windows, sentences (for an encoder) or images, spread evenly over the file; a last, smaller batch is dropped.
 
     A sentence is a line of text; all are padded to the longest of them. Raises ValueError where the model has no
-    tokenizer, or the text is too short or not of the model's vocabulary.
+    tokenizer or image processor, or the file is too short or not of the model's vocabulary; OSError without a file.
     """
-    settings, text = recipe.calibration, calibration.text
+    settings, text = recipe.calibration, calibration.file
     length = calibration.length or settings.length
     samples, size = calibration.samples or settings.samples, calibration.batch_size or settings.batch_size
+    if model.pixels is not None:
+        images, _ = read_images(text)
+        pixels = preprocess(images[_spread(len(images), samples, f"{text}: images")], model)
+        return Batches([(batch,) for batch in _batched(pixels, size)], None, "images")
+    documents = read_documents(text)
     if model.causal:
         windows = model_windows(model, documents, length, text)
         picked = windows[_spread(len(windows), samples, f"{text}: windows")]
-        return Batches([(batch,) for batch in _batched(picked, size)], None)
+        return Batches([(batch,) for batch in _batched(picked, size)], None, "windows")
     lines = [line.strip() for document in documents for line in document.splitlines() if line.strip()]
     sentences = [lines[i] for i in _spread(len(lines), samples, f"{text}: lines")]
     tokens, mask = model_sentences(model, sentences, length, text)
     masks = _batched(mask, size)
-    return Batches(list(zip(_batched(tokens, size), masks)), masks)
+    return Batches(list(zip(_batched(tokens, size), masks)), masks, "sentences")
 
 
 def model_windows(model: Model, documents: list[str], length: int, source: object) -> np.ndarray:
@@ -88,4 +100,4 @@ def _spread(found: int, samples: int, what: str) -> np.ndarray:
 
 def _batched(rows: np.ndarray, size: int) -> list[np.ndarray]:
     size = min(size, len(rows))
-    return list(rows[: len(rows) // size * size].reshape(-1, size, rows.shape[1]))
+    return list(rows[: len(rows) // size * size].reshape(-1, size, *rows.shape[1:]))

@@ -13,7 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.cli.calibration import model_windows, within_context
-from jaxq.evaluate import perplexity, read_documents, read_sts, sts
+from jaxq.evaluate import (
+    Accuracy,
+    classify,
+    classify_images,
+    perplexity,
+    read_documents,
+    read_images,
+    read_labelled,
+    read_sts,
+    sts,
+)
 from jaxq.execute import execute
 from jaxq.models import load
 from jaxq.report import console, table
@@ -27,7 +37,9 @@ def perplexity_command(name: str, text: Path, length: int, batch_size: int, out:
     documents = read_documents(text)
     model, quantized = load_model(name)
     if not model.causal:
-        raise ValueError(f"{name} is an encoder, which has no perplexity: measure it by `--sts`")
+        raise ValueError(
+            f"{name} is an encoder, which has no perplexity: measure it by `--sts`, `--classify` or `--images`"
+        )
     windows = model_windows(model, documents, length, text)
     result = perplexity(execute(model.forward), quantized, windows, batch_size, progress=console().is_terminal)
     row = (name, result.perplexity, result.tokens, round(result.seconds, 1))
@@ -74,9 +86,36 @@ def tasks_command(name: str, tasks: list[str], limit: int | None, batch_size: in
     _write(out, {"model": name, "tasks": found, "limit": limit, "seconds": time.perf_counter() - start})
 
 
+def classify_command(name: str, file: Path, length: int, batch_size: int, out: Path | None) -> None:
+    rows = read_labelled(file)
+    model, quantized = load_model(name)
+    length = within_context(model, length)
+    forward, progress = execute(model.forward), console().is_terminal
+    found = classify(forward, quantized, model, rows, batch_size, length, progress)
+    _say_accuracy(name, file, found)
+    _write(out, {"model": name, "classify": str(file), "length": length, **asdict(found)})
+
+
+def images_command(name: str, file: Path, batch_size: int, out: Path | None) -> None:
+    images, labels = read_images(file)
+    model, quantized = load_model(name)
+    forward, progress = execute(model.forward), console().is_terminal
+    found = classify_images(forward, quantized, model, images, labels, batch_size, progress)
+    _say_accuracy(name, file, found)
+    _write(out, {"model": name, "images": str(file), **asdict(found)})
+
+
+def _say_accuracy(name: str, file: Path, found: Accuracy) -> None:
+    row = (name, found.accuracy, found.matthews, found.examples, round(found.seconds, 1))
+    columns = ["model", "accuracy", "Matthews", "examples", "seconds"]
+    console().print(table(f"accuracy on {file}", columns, [row]))
+
+
 def sites_command(name: str, out: Path | None) -> None:
     model = load(name)
-    report = sites(model.forward, model.params, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    like = tokens if model.pixels is None else jax.ShapeDtypeStruct((1, *model.pixels), jnp.float32)
+    report = sites(model.forward, model.params, like)
     console(WIDTH).print(report)
     _write(out, {"model": name, **report.as_dict()})
 

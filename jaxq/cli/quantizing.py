@@ -19,7 +19,6 @@ import jaxq
 from jaxq.cli.calibration import Batches, Calibration, calibration_batches
 from jaxq.cli.errors import Failure
 from jaxq.clipping import Clipping
-from jaxq.evaluate import read_documents
 from jaxq.execute import execute
 from jaxq.fold import fold
 from jaxq.formats import AnyFloat, Float, Format
@@ -48,13 +47,10 @@ def quantize_command(
         raise FileExistsError(f"{out} exists: choose another --out, or remove it first")
     started = time.perf_counter()
     recipe = read_recipe(recipe_name)
-    documents = read_documents(calibration.text)
     model = load(name)
     _check_recipe(model, recipe)
-    batches = calibration_batches(model, documents, recipe, calibration)
-    count, rows, tokens = batches.shape
-    what = "windows" if model.causal else "sentences"
-    say(f"{recipe.name}: {name}, {count} batches of {rows} {what} x {tokens} tokens")
+    batches = calibration_batches(model, recipe, calibration)
+    say(f"{recipe.name}: {name}, {batches}")
     errors: dict[str, float] = {}
     with counting("calibrating", count_groups(model, recipe, batches.inputs[0])) as advance:
 
@@ -180,7 +176,7 @@ def _about(
         "name": model.name,
         "family": model.family,
         "recipe": recipe.model_dump(),
-        "calibration": {"text": str(calibration.text), "batches": [*batches.shape]},
+        "calibration": {"file": str(calibration.file), "batches": [*batches.shape]},
         "seconds": round(seconds, 1),
         "versions": versions | {"python": platform.python_version()},
     }

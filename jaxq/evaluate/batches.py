@@ -26,6 +26,17 @@ def by_width(sizes: np.ndarray, batch_size: int, longest: int) -> Iterator[tuple
         below, width = width, min(2 * width, longest)
 
 
+def cut(rows: np.ndarray, width: int) -> np.ndarray:
+    """The first `width` columns; zeros, which the mask calls padding too, where there are fewer."""
+    return np.pad(rows, ((0, 0), (0, max(0, width - rows.shape[1]))))[:, :width]
+
+
+def in_order(count: int, batch_size: int) -> Iterator[np.ndarray]:
+    """The indices of `count` rows of one size, in order: int `[batch_size]`, the last ones as in `by_width`."""
+    for begin in range(0, count, batch_size):
+        yield np.minimum(np.arange(begin, begin + batch_size), count - 1)
+
+
 def on_device(params: Any) -> Any:
     """Parameters that may be memory-mapped files as arrays of JAX, so that they are not copied at every call."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, params)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from jaxq.evaluate.batches import by_width, on_device
+from jaxq.evaluate.batches import by_width, cut, on_device
 from jaxq.evaluate.text import pad
 from jaxq.models import sentence_embedding
 
@@ -108,7 +108,7 @@ def embed(
     batches = list(by_width(mask.sum(axis=1), batch_size, length))
     result: dict[int, np.ndarray] = {}
     for rows, width in track(batches, description="sentences", disable=not progress):
-        vectors = run(forward, params, _cut(tokens[rows], width), _cut(mask[rows], width))
+        vectors = run(forward, params, cut(tokens[rows], width), cut(mask[rows], width))
         result.update(zip(rows.tolist(), np.asarray(vectors)))
     found = np.stack([result[i] for i in range(len(sentences))])
     if not math.isfinite(found.sum()):
@@ -116,11 +116,6 @@ def embed(
             "the sentences' vectors are not finite: the weights, or the tokenizer, are not the model's own"
         )
     return found
-
-
-def _cut(rows: np.ndarray, width: int) -> np.ndarray:
-    """The first `width` columns; zeros, which the mask calls padding too, where there are fewer."""
-    return np.pad(rows, ((0, 0), (0, max(0, width - rows.shape[1]))))[:, :width]
 
 
 def _embed(forward: Callable[..., jax.Array], params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:

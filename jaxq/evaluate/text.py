@@ -97,14 +97,33 @@ def pad(
     the longest sentence's number of tokens, but at most ``length``, where longer ones are cut. Other arguments as for
     ``pack``. Raises ValueError if there are no sentences or a token lies outside the vocabulary.
     """
-    if not sentences:
-        raise ValueError(f"{source}: no sentences in it")
-    rows = tokenizer(list(sentences), truncation=True, max_length=length, verbose=False)["input_ids"]
-    real = np.arange(max(1, *map(len, rows)))[None] < np.array([len(row) for row in rows])[:, None]
-    tokens = np.full(real.shape, tokenizer.pad_token_id or 0, np.int32)
-    tokens[real] = np.concatenate([np.asarray(row, np.int32) for row in rows])
-    _check_vocabulary(tokens, len(tokenizer) if vocab_size is None else vocab_size, source)
+    tokens, real, _ = pad_columns([sentences], tokenizer, length, vocab_size=vocab_size, source=source)
     return tokens, real
+
+
+def pad_columns(
+    columns: Sequence[Sequence[str]],
+    tokenizer: Any,
+    length: int,
+    *,
+    vocab_size: int | None = None,
+    source: object = "the text",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As ``pad``, of one column of sentences or of two, whose pairs make one row each; and the rows' token types.
+
+    These are int32 ``[N, T]``, 1 in the second sentence of a pair where the tokenizer tells it from the first.
+    """
+    if not columns[0]:
+        raise ValueError(f"{source}: no sentences in it")
+    found = tokenizer(*map(list, columns), truncation=True, max_length=length, verbose=False)
+    rows = found["input_ids"]
+    real = np.arange(max(1, *map(len, rows)))[None] < np.array([len(row) for row in rows])[:, None]
+    tokens, types = np.full(real.shape, tokenizer.pad_token_id or 0, np.int32), np.zeros(real.shape, np.int32)
+    tokens[real] = np.concatenate([np.asarray(row, np.int32) for row in rows])
+    if "token_type_ids" in found:
+        types[real] = np.concatenate([np.asarray(row, np.int32) for row in found["token_type_ids"]])
+    _check_vocabulary(tokens, len(tokenizer) if vocab_size is None else vocab_size, source)
+    return tokens, real, types
 
 
 def _check_vocabulary(tokens: np.ndarray, size: int, source: object) -> None:

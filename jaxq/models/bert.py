@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxq.models.family import Family
-from jaxq.models.layers import MLP, Attention, Embedding, activation, padding_bias
+from jaxq.models.layers import MLP, Attention, Embedding, activation, label_count, padding_bias
 
 DEFAULTS = {
     "architectures": ["BertModel"],
@@ -119,7 +119,7 @@ class Classifier(Encoder):
         super().__init__(config, rngs=rngs)
         width = config["hidden_size"]
         self.pooler = nnx.Linear(width, width, rngs=rngs)
-        self.classifier = nnx.Linear(width, len(config.get("id2label", (0, 1))), rngs=rngs)  # two go without saying
+        self.classifier = nnx.Linear(width, label_count(config), rngs=rngs)
 
     def __call__(
         self, tokens: jax.Array, mask: jax.Array | None = None, token_types: jax.Array | None = None

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxq.models import bert, bloom, llama, mistral, opt, qwen
+from jaxq.models import bert, bloom, llama, mistral, opt, qwen, vit
 from jaxq.models.family import Family
 
 Params = dict[Any, Any]
@@ -21,18 +21,22 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": qwen.FAMILY_3,
     "bloom": bloom.FAMILY,
     "bert": bert.FAMILY,
+    "vit": vit.FAMILY,
+    "deit": vit.FAMILY_DEIT,
 }
 
 
 @dataclass(frozen=True)
 class Model:
-    """A language model or encoder as jaxq sees one: a pure function and the parameters it takes.
+    """A language model, encoder or classifier of images as jaxq sees one: a pure function and the parameters it takes.
 
     ``forward(params, tokens, mask=None)``: ``tokens`` int32 ``[B, T]``, ``mask`` bool or int ``[B, T]`` (1 = a real
     token) -> logits ``[B, T, V]``; it computes in the parameters' type. BERT takes token types ``[B, T]`` after the
     mask, and gives what its architecture does: hidden states ``[B, T, D]``, logits ``[B, T, V]`` or ``[B, labels]``.
+    ViT's is ``forward(params, pixels)``: float ``[B, H, W, C]`` -> logits ``[B, labels]``.
     ``params`` is a nested dict with Flax's layout (``layers/0/attn/q/kernel``; kernels ``[in, out]``). ``config`` is
-    the content of ``config.json``, ``tokenizer`` a transformers tokenizer, or None where there is none.
+    the content of ``config.json``, ``tokenizer`` a transformers tokenizer, ``preprocessor`` the content of
+    ``preprocessor_config.json``, or None where there is none.
     """
 
     name: str
@@ -41,20 +45,33 @@ class Model:
     forward: Forward
     params: Params
     tokenizer: Any
+    preprocessor: dict[str, Any] | None = None
 
     @property
     def causal(self) -> bool:
         """Whether this is a language model that reads from left to right; if not, an encoder."""
         return FAMILIES[self.family].causal
 
+    @property
+    def pixels(self) -> tuple[int, int, int] | None:
+        """Height, width and channels of the images that this model reads; None where it reads text."""
+        shape = FAMILIES[self.family].pixels
+        return None if shape is None else shape(self.config)
 
-def model_of(config: Mapping[str, Any], params: Params, tokenizer: Any = None, name: str = "model") -> Model:
+
+def model_of(
+    config: Mapping[str, Any],
+    params: Params,
+    tokenizer: Any = None,
+    name: str = "model",
+    preprocessor: dict[str, Any] | None = None,
+) -> Model:
     """A Model from a configuration (the content of a ``config.json``) and parameters made elsewhere.
 
     Raises ValueError if the configuration asks for something that is not supported.
     """
     family, forward, _ = build(config, name)
-    return Model(name, family, dict(config), forward, params, tokenizer)
+    return Model(name, family, dict(config), forward, params, tokenizer, preprocessor)
 
 
 def init(config: Mapping[str, Any], seed: int = 0) -> Params:
@@ -75,9 +92,9 @@ def build(config: Mapping[str, Any], source: str) -> tuple[str, Forward, Params]
         raise ValueError(f"{source}: the configuration has no {error}") from error
     layout = nnx.to_pure_dict(state)
 
-    def forward(params: Params, tokens: jax.Array, mask: jax.Array | None = None, *more: jax.Array) -> jax.Array:
+    def forward(params: Params, *inputs: jax.Array) -> jax.Array:
         _check_structure(params, layout)
-        return nnx.merge(graph, params)(tokens, mask, *more)
+        return nnx.merge(graph, params)(*inputs)
 
     return config["model_type"], forward, layout
 

@@ -11,10 +11,11 @@ from flax import nnx
 class Family:
     """Models of one ``model_type``, and how a Hugging Face checkpoint names their parameters.
 
-    ``network(config, rngs=rngs)`` makes the module, called with ``(tokens, mask, ...)``; ValueError for what it does
-    not support. ``names`` maps a parameter's module to its name in a checkpoint ({} stands for the layer's number),
-    ``full_name`` a tensor's name as found to the one that ``names`` gives, for prefixes come and go. Tensors that end
-    in one of ``ignored`` may be there without a place in the model. ``causal``: a position sees only what is before it.
+    ``network(config, rngs=rngs)`` makes the module, called with ``(tokens, mask, ...)`` or with pixels; ValueError for
+    what it does not support. ``names`` maps a parameter or its module to its name in a checkpoint ({} stands for the
+    layer's number), ``full_name`` a tensor's name as found to the one that ``names`` gives, for prefixes come and go.
+    Tensors that end in one of ``ignored`` may be there without a place in the model. ``causal``: a position sees only
+    what is before it. ``pixels(config)``: height, width and channels of the images that are read; None for text.
     """
 
     network: Callable[..., nnx.Module]
@@ -22,6 +23,7 @@ class Family:
     full_name: Callable[[str], str]
     ignored: tuple[str, ...]
     causal: bool
+    pixels: Callable[[dict], tuple[int, int, int]] | None = None
 
 
 def with_prefix(prefix: str, tensor: str) -> str:

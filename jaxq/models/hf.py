@@ -20,6 +20,7 @@ EMBEDDED = Path(__file__).parent / "embedded"
 DOWNLOADED = ["model*.safetensors", "model.safetensors.index.json", "*.json", "tokenizer*", "merges.txt", "vocab.txt"]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 HALF = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+PREPROCESSOR = "preprocessor_config.json"
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
@@ -34,11 +35,11 @@ def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
     architecture, corrupt or pickled weights, a tensor missing, unexpected or of the wrong shape).
     """
     directory = _locate(name_or_dir)
-    config = _read_config(directory)
+    config = _read_json(directory / "config.json")
     family, forward, layout = build(config, str(directory / "config.json"))
     params = _import(layout, FAMILIES[family], read_tensors(directory), directory)
     params = jax.tree.map(lambda leaf: leaf.astype(_leaf_dtype(leaf.dtype, dtype), copy=False), params)
-    return Model(str(name_or_dir), family, config, forward, params, _tokenizer(directory))
+    return Model(str(name_or_dir), family, config, forward, params, _tokenizer(directory), read_preprocessor(directory))
 
 
 def save_hf(model: Model, params: Params, out_dir: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -60,8 +61,7 @@ def save_hf(model: Model, params: Params, out_dir: str | Path, max_shard_bytes: 
     try:
         write_tensors(scratch, tensors, max_shard_bytes)
         (scratch / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(scratch)
+        save_readers(model, scratch)
         scratch.chmod(0o755)  # temporary directories are private
         scratch.rename(target)
     except BaseException:
@@ -91,10 +91,22 @@ def _locate(name_or_dir: str | Path) -> Path:
         ) from error
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
+def save_readers(model: Model, directory: Path) -> None:
+    """Write what turns text or images into the model's inputs: its tokenizer, its ``preprocessor_config.json``."""
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(directory)
+    if model.preprocessor is not None:
+        (directory / PREPROCESSOR).write_text(json.dumps(model.preprocessor, indent=2, sort_keys=True) + "\n")
+
+
+def read_preprocessor(directory: Path) -> dict[str, Any] | None:
+    """The content of ``preprocessor_config.json``; None without one, ValueError if it is no JSON."""
+    return _read_json(directory / PREPROCESSOR) if (directory / PREPROCESSOR).exists() else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: missing, so {directory} is not a Hugging Face model directory")
+        raise FileNotFoundError(f"{path}: missing, so {path.parent} is not a Hugging Face model directory")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -117,19 +129,27 @@ def _leaf_dtype(stored: np.dtype, asked: Any) -> np.dtype:
 
 def _tensor_name(names: Mapping[str, str], path: str) -> str:
     """``layers/3/attn/q/kernel`` -> ``model.layers.3.self_attn.q_proj.weight``."""
+    if path in names:
+        return names[path]
     module, leaf = path.rsplit("/", 1)
     layer = re.search(r"/(\d+)/", path)
     return f"{names[re.sub(r'/[0-9]+/', '/{}/', module)].format(layer[1] if layer else '')}.{LEAF_NAMES[leaf]}"
 
 
+def _stored_axes(path: str, rank: int) -> tuple[int, ...]:
+    """A kernel is stored with its outputs first: ``[in, out]`` as ``[out, in]``, ``[h, w, in, out]`` as ``[out, in, h,
+    w]``; everything else as it is."""
+    return (rank - 1, rank - 2, *range(rank - 2)) if path.endswith("/kernel") else tuple(range(rank))
+
+
 def _import(layout: Params, family: Family, tensors: Mapping[str, np.ndarray], directory: Path) -> Params:
-    """The tensors as a tree like ``layout``; layers are stored ``[out, in]``, a kernel is the transposed view."""
+    """The tensors as a tree like ``layout``; a kernel is a transposed view."""
     stored = {family.full_name(name): name for name in tensors}
 
     def view(path: tuple, expected: Any) -> np.ndarray:
         where = jax.tree_util.keystr(path, simple=True, separator="/")
-        name, kernel = _tensor_name(family.names, where), where.endswith("/kernel")
-        shape = expected.shape[::-1] if kernel else expected.shape
+        name, axes = _tensor_name(family.names, where), _stored_axes(where, expected.ndim)
+        shape = tuple(expected.shape[axis] for axis in axes)
         if name not in stored:
             raise ValueError(
                 f"{directory}: tensor {name} {shape} (parameter {where}) is missing from the checkpoint, "
@@ -140,7 +160,7 @@ def _import(layout: Params, family: Family, tensors: Mapping[str, np.ndarray], d
             raise ValueError(
                 f"{file_of(directory, own)}: tensor {own} has shape {tensors[own].shape}, config.json asks for {shape}"
             )
-        return tensors[own].T if kernel else tensors[own]
+        return tensors[own].transpose(np.argsort(axes))
 
     params = jax.tree_util.tree_map_with_path(view, layout)
     unexpected = [own for name, own in stored.items() if not name.endswith(family.ignored)]
@@ -171,5 +191,5 @@ def _export(model: Model, params: Params) -> dict[str, np.ndarray]:
             )
         if leaf.shape != expected[path].shape:
             raise ValueError(f"parameter {path} has shape {leaf.shape}, the model asks for {expected[path].shape}")
-        tensors[_tensor_name(names, path)] = np.asarray(leaf).T if path.endswith("/kernel") else np.asarray(leaf)
+        tensors[_tensor_name(names, path)] = np.asarray(leaf).transpose(_stored_axes(path, leaf.ndim))
     return tensors

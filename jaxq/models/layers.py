@@ -22,6 +22,11 @@ def activation(config: dict, key: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[config[key]]
 
 
+def label_count(config: dict) -> int:
+    """How many labels a classifier has; two go without saying."""
+    return len(config.get("id2label", (0, 1)))
+
+
 class Embedding(nnx.Module):
     """A table of vectors, used in the type its parameter has (``nnx.Embed`` keeps the type it was built with)."""
 
@@ -40,12 +45,12 @@ class Embedding(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head self-attention, ``[B, T, D] -> [B, T, D]``; ``bias`` as ``causal_bias`` gives it."""
 
-    def __init__(self, width: int, heads: int, *, use_bias: bool = True, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True, out_bias: bool = True, rngs: nnx.Rngs):
         self.heads = heads
-        self.q = nnx.Linear(width, width, use_bias=use_bias, rngs=rngs)
-        self.k = nnx.Linear(width, width, use_bias=use_bias, rngs=rngs)
-        self.v = nnx.Linear(width, width, use_bias=use_bias, rngs=rngs)
-        self.out = nnx.Linear(width, width, use_bias=use_bias, rngs=rngs)
+        self.q = nnx.Linear(width, width, use_bias=qkv_bias, rngs=rngs)
+        self.k = nnx.Linear(width, width, use_bias=qkv_bias, rngs=rngs)
+        self.v = nnx.Linear(width, width, use_bias=qkv_bias, rngs=rngs)
+        self.out = nnx.Linear(width, width, use_bias=out_bias, rngs=rngs)
 
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)

@@ -53,7 +53,7 @@ class Layer(nnx.Module):
         width, bias = config["hidden_size"], config["enable_bias"]
         self.norm_first = config["do_layer_norm_before"]
         self.attn_norm = _norm(config, rngs)
-        self.attn = Attention(width, config["num_attention_heads"], use_bias=bias, rngs=rngs)
+        self.attn = Attention(width, config["num_attention_heads"], qkv_bias=bias, out_bias=bias, rngs=rngs)
         self.mlp_norm = _norm(config, rngs)
         act = activation(config, "activation_function")
         self.mlp = MLP(width, config["ffn_dim"], act, use_bias=bias, rngs=rngs)
