@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -48,13 +49,27 @@ def save_hf(model: Model, params: Params, out_dir: str | Path, max_shard_bytes: 
     ValueError if a parameter is missing, has no place in the family's checkpoint (a bias where the configuration has
     none), has the wrong shape or is not a float array.
     """
+    tensors = {name: stored(path, leaf) for path, (name, leaf) in places(model, params).items()}
+    write_directory(model, tensors, out_dir, max_shard_bytes=max_shard_bytes)
+
+
+def write_directory(
+    model: Model,
+    tensors: Mapping[str, np.ndarray],
+    out_dir: str | Path,
+    further: Mapping[str, Any] = MappingProxyType({}),
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a checkpoint's tensors with the model's configuration (and ``further``) and tokenizer beside them.
+
+    All of it or none of it; FileExistsError if the directory exists.
+    """
     target = Path(out_dir)
     if target.exists():
         raise FileExistsError(f"{target}: exists already; remove it or give another directory")
-    tensors = _export(model, params)
-    kinds = {tensor.dtype for tensor in tensors.values()}
+    kinds = {tensor.dtype for tensor in tensors.values()} & set(CODES)
     dtype = str(kinds.pop()) if len(kinds) == 1 else "float32"
-    config = {key: value for key, value in model.config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    config = {key: value for key, value in model.config.items() if key != "torch_dtype"} | {"dtype": dtype, **further}
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -152,24 +167,28 @@ def _import(layout: Params, family: Family, tensors: Mapping[str, np.ndarray], d
     return params
 
 
-def _export(model: Model, params: Params) -> dict[str, np.ndarray]:
-    """The parameters under their checkpoint names; every leaf must have its place, and every place its leaf."""
+def places(model: Model, params: Params) -> dict[str, tuple[str, Any]]:
+    """By path, what a checkpoint calls a parameter, and its leaf: every leaf has its place, every place its leaf."""
     names, found, expected = FAMILIES[model.family].names, flat(params), flat(build(model.config, "")[2])
     for path in expected.keys() - found.keys():
         raise ValueError(f"parameter {path} is missing from params")
-    tensors = {}
     for path, leaf in found.items():
         if path not in expected:
             raise ValueError(
                 f"parameter {path} has no place in a {model.family} checkpoint with this configuration; "
                 "fold it into another parameter, or switch the bias on in the model's config"
             )
-        if not isinstance(leaf, np.ndarray | jax.Array) or np.dtype(leaf.dtype) not in CODES:
-            raise ValueError(
-                f"parameter {path} is a {type(leaf).__name__} of {getattr(leaf, 'dtype', 'no dtype')}; a Hugging Face "
-                "checkpoint holds float arrays: decode quantized leaves first"
-            )
-        if leaf.shape != expected[path].shape:
-            raise ValueError(f"parameter {path} has shape {leaf.shape}, the model asks for {expected[path].shape}")
-        tensors[_tensor_name(names, path)] = np.asarray(leaf).T if path.endswith("/kernel") else np.asarray(leaf)
-    return tensors
+        shape = getattr(leaf, "shape", None)
+        if shape is not None and shape != expected[path].shape:
+            raise ValueError(f"parameter {path} has shape {shape}, the model asks for {expected[path].shape}")
+    return {path: (_tensor_name(names, path), leaf) for path, leaf in found.items()}
+
+
+def stored(path: str, leaf: Any) -> np.ndarray:
+    """A full-precision parameter as a checkpoint holds it; ValueError for anything but a float array."""
+    if not isinstance(leaf, np.ndarray | jax.Array) or np.dtype(leaf.dtype) not in CODES:
+        raise ValueError(
+            f"parameter {path} is a {type(leaf).__name__} of {getattr(leaf, 'dtype', 'no dtype')}; a Hugging Face "
+            "checkpoint holds float arrays: decode quantized leaves first"
+        )
+    return np.asarray(leaf).T if path.endswith("/kernel") else np.asarray(leaf)

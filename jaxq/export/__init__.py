@@ -1,0 +1,5 @@
+"""Ways out of jaxq: what other programs read."""
+
+from jaxq.export.compressed import compressed, save_compressed
+
+__all__ = ["compressed", "save_compressed"]
