@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,11 @@ def _inputs(quantized: Quantized) -> dict[str, InputQuant]:
 def _config(model: Model, layers: dict[str, Layer], plain: list[str]) -> dict[str, Any]:
     """One group of layers for each scheme; where it is the only one, it is for every linear layer but those ignored."""
     members: dict[str, list[str]] = {}
-    schemes = {repr(layer.scheme): layer.scheme for layer in layers.values()}
+    schemes: dict[str, dict[str, Any]] = {}
     for module, layer in layers.items():
-        members.setdefault(repr(layer.scheme), []).append(_own_name(model, module))
+        key = json.dumps(layer.scheme, sort_keys=True)
+        schemes[key] = layer.scheme
+        members.setdefault(key, []).append(_own_name(model, module))
     formats = {layer.format for layer in layers.values()}
     tied = {name.rpartition(".")[0] for name in FAMILIES[model.family].ignored} - layers.keys() - {*plain}
     return {
