@@ -1,8 +1,10 @@
 """Safetensors checkpoints on disk: read as memory-mapped views, written in shards. Nothing is ever unpickled."""
 
 import json
+import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -69,6 +71,15 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
     header = json.loads(raw[8:start].tobytes())
     header.pop("__metadata__", None)
     return {name: _view(path, name, raw[start:], e) for name, e in header.items() if not name.endswith(TABLES)}
+
+
+def release(view: np.ndarray) -> None:
+    """Takes the file that a view maps out of this process's memory; what is used again is read again."""
+    base: Any = view
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _view(path: Path, name: str, body: np.ndarray, entry: dict) -> np.ndarray:

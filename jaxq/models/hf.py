@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxq.models.build import FAMILIES, Model, Params, build, flat
-from jaxq.models.checkpoint import CODES, file_of, read_tensors, write_tensors
+from jaxq.models.checkpoint import CODES, file_of, read_tensors, release, write_tensors
 from jaxq.models.family import Family
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -38,7 +38,7 @@ def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
     config = _read_config(directory)
     family, forward, layout = build(config, str(directory / "config.json"))
     params = _import(layout, FAMILIES[family], read_tensors(directory), directory)
-    params = jax.tree.map(lambda leaf: leaf.astype(_leaf_dtype(leaf.dtype, dtype), copy=False), params)
+    params = jax.tree.map(lambda leaf: _converted(leaf, _leaf_dtype(leaf.dtype, dtype)), params)
     return Model(str(name_or_dir), family, config, forward, params, _tokenizer(directory))
 
 
@@ -128,6 +128,15 @@ def _leaf_dtype(stored: np.dtype, asked: Any) -> np.dtype:
     if asked is not None:
         return np.dtype(asked)
     return np.dtype(np.float32) if stored in HALF else stored
+
+
+def _converted(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The leaf itself, or a copy of another type; then its file need not stay in memory beside it."""
+    if leaf.dtype == dtype:
+        return leaf
+    copy = leaf.astype(dtype)
+    release(leaf)
+    return copy
 
 
 def _tensor_name(names: Mapping[str, str], path: str) -> str:
