@@ -60,6 +60,7 @@ def per_group(fmt: Format, size: int, observer: Observer | None = None) -> Quant
     return Quantizer(fmt, PerGroup(size), observer or min_max())
 
 
+MX_BLOCKS, NVFP4_BLOCKS = PerGroup(32, "power_of_two"), PerGroup(16, "e4m3")
 OCP_ELEMENTS = {8: (Float(4, 3, reserved=1), Float(5, 2, reserved=4)), 6: (Float(2, 3), Float(3, 2)), 4: (Float(2, 1),)}
 
 
@@ -82,7 +83,7 @@ def mxfp4() -> Quantizer:
 def _microscaling(bits: int, fmt: Float) -> Quantizer:
     if fmt not in OCP_ELEMENTS[bits]:
         raise ValueError(f"MXFP{bits} has elements {' or '.join(map(str, OCP_ELEMENTS[bits]))}, not {fmt}")
-    return Quantizer(fmt, PerGroup(32, "power_of_two"))
+    return Quantizer(fmt, MX_BLOCKS)
 
 
 def nvfp4() -> Quantizer:
@@ -91,7 +92,7 @@ def nvfp4() -> Quantizer:
     The tensor is one weight (of each expert, of each layer of a scan), or all of an activation as it is at hand at
     every call: a token's numbers then depend, if little, on those beside it.
     """
-    return Quantizer(Float(2, 1), PerGroup(16, "e4m3"))
+    return Quantizer(Float(2, 1), NVFP4_BLOCKS)
 
 
 def weight_grid(w: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], experts: tuple[int, ...] = ()) -> Grid:

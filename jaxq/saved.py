@@ -4,37 +4,43 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from jaxq.models import Model, load, model_of, save_hf
+from jaxq.models import Model, load, model_of
 from jaxq.models.hf import read_preprocessor, save_readers
 from jaxq.qtensor import Quantized
 from jaxq.storage import STRUCTURE
 from jaxq.storage import load as load_quantized
 from jaxq.storage import save as save_quantized
 
-CONFIG, EXPORTED = "config.json", "hf"
+CONFIG = "config.json"
 
 
 def save_model(
-    path: str | os.PathLike[str], model: Model, quantized: Quantized, about: dict[str, Any], folded: Any = None
+    path: str | os.PathLike[str],
+    model: Model,
+    quantized: Quantized,
+    about: dict[str, Any],
+    writers: Mapping[str, Callable[[Path], None]] = MappingProxyType({}),
 ) -> None:
     """Writes a directory from which `load_model` needs nothing else; all of it or none of it.
 
     Args:
       model: where the configuration and the tokenizer or preprocessor come from; its parameters are not read.
       about: whatever JSON can say of the model.
-      folded: full-precision parameters to put beside it as a Hugging Face checkpoint, in the folder `hf`; or None.
+      writers: by its name, what writes a further folder in it: the same model in another format.
 
-    Raises FileExistsError where `path` exists, and what `storage.save` and `save_hf` raise.
+    Raises FileExistsError where `path` exists, and what `storage.save` and the writers raise.
     """
 
     def further(folder: Path) -> None:
         (folder / CONFIG).write_text(json.dumps(model.config, indent=2, sort_keys=True) + "\n", "utf-8")
         save_readers(model, folder)
-        if folded is not None:
-            save_hf(model, folded, folder / EXPORTED)
+        for name, write in writers.items():
+            write(folder / name)
 
     save_quantized(path, quantized, about, further)
 

@@ -71,11 +71,14 @@ def test_quantize_eval_and_export(opt, text, tmp_path):
     recipe = tmp_path / "os_plus.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE | {"method": {"name": "os_plus", "search": "fast"}}), "utf-8")
     out = tmp_path / "made" / "on the way" / "out"
-    shown = quantize(opt, recipe, text, out, "--export", "hf")
+    shown = quantize(opt, recipe, text, out, "--export", "hf", "--export", "compressed-tensors")
     assert "calibrating" in shown and "4 groups transformed" in shown and "relative" in shown
     before, after = perplexity(opt, text, tmp_path / "a.json"), perplexity(out, text, tmp_path / "b.json")
     assert after == pytest.approx(before, rel=0.02) and after != before
     assert perplexity(out / "hf", text, tmp_path / "c.json") == pytest.approx(before, rel=1e-4), "law 1"
+    config = json.loads((out / "compressed-tensors/config.json").read_text())
+    assert config["quantization_config"]["format"] == "int-quantized"
+    assert (out / "compressed-tensors/tokenizer.json").is_file()
     about = json.loads((out / "jaxq.json").read_text())["about"]
     assert about["recipe"]["name"] == "a test" and about["calibration"]["batches"] == [2, 2, 32]
     assert about["proofs"]["fold_error_of_logits"] < 1e-5 and "jax" in about["versions"]
@@ -89,9 +92,12 @@ def test_the_text_and_batches_can_be_chosen(opt, recipe, text, tmp_path):
 
 def test_what_cannot_be_folded_is_not_exported(recipe, text, tmp_path):
     model = write_model(tmp_path / "post-norm", OPT, do_layer_norm_before=False)
-    error = quantize(model, recipe, text, tmp_path / "out", "--export", "hf", code=1)
-    assert "run time" in error and "layers/1/attn/q/kernel" in error
-    assert (tmp_path / "out/jaxq.json").is_file() and not (tmp_path / "out/hf").exists()
+    exports = "--export", "hf", "--export", "compressed-tensors"
+    error = quantize(model, recipe, text, tmp_path / "out", *exports, code=1)
+    assert "not as hf: " in error and "layers/1/attn/q/kernel" in error and "not as compressed-tensors: " in error
+    assert error.count("run time") == 2
+    assert (tmp_path / "out/jaxq.json").is_file()
+    assert not (tmp_path / "out/hf").exists() and not (tmp_path / "out/compressed-tensors").exists()
     perplexity(tmp_path / "out", text, tmp_path / "a.json")
 
 

@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from jaxq import storage
 from jaxq.formats import Int
+from jaxq.pack import pack
 from jaxq.qtensor import Grid, InputQuant, PerGroup, PerTensor, PerToken, QTensor, Quantized, quantize_array
 from jaxq.storage import load, save
 
@@ -252,3 +255,41 @@ def test_arrays_folder_missing(tmp_path):
     (tmp_path / "model" / "arrays").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"the array '0\.params\.w' is missing"):
         load(tmp_path / "model")
+
+
+ELSEWHERE = """
+import sys
+import jax, numpy as np
+from jaxq import storage
+
+quantized, about = storage.load("model")
+assert len(jax.devices()) == 4 and about == {"name": "a test"}
+assert not [name for name in sys.modules if name.startswith(("jaxq.models", "flax", "transformers"))]
+leaves = {jax.tree_util.keystr(keys): np.asarray(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(quantized)}
+np.savez("found.npz", **leaves)
+mesh = jax.sharding.Mesh(jax.devices(), "x")
+over = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+kernel = quantized.params["up"]["kernel"]
+apart = jax.tree.map(lambda a: jax.device_put(a, over) if a.ndim == 2 and a.shape[1] % 4 == 0 else a, kernel)
+assert len(apart.dequantize().sharding.device_set) == 4
+np.save("sharded.npy", apart.dequantize())
+"""
+
+
+@pytest.mark.parametrize("packed", (False, True), ids=("codes", "packed"))
+def test_restored_elsewhere(tmp_path, packed):
+    """In another process with four devices, without a template, the model's code or Flax; there it can be sharded."""
+    w = jax.random.normal(jax.random.key(0), (16, 8))
+    leaf = quantize_array(w, Int(4, symmetric=False), Grid(jnp.full((2, 8), 0.4), jnp.full((2, 8), 7.0)))
+    one = Quantized({"up": {"kernel": leaf, "bias": jnp.arange(8.0)}}, model().inputs)
+    one = pack(one) if packed else one
+    save(tmp_path / "model", one, {"name": "a test"})
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=tmp_path, env=env, check=True)
+    found = np.load(tmp_path / "found.npz")
+    want = jax.tree_util.tree_leaves_with_path(one)
+    assert set(found.files) == {jax.tree_util.keystr(keys) for keys, _ in want}
+    for keys, array in want:
+        np.testing.assert_array_equal(found[jax.tree_util.keystr(keys)], array, strict=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "sharded.npy"), leaf.dequantize())

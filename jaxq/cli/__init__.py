@@ -5,8 +5,9 @@ Everything slow to import (transformers, Orbax, Flax) is imported inside the com
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -24,6 +25,11 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows, sentences o
 Length = Annotated[
     int | None, typer.Option(min=2, help="Tokens in a window, or a sentence at most; at most the model's context.")
 ]
+
+
+class Export(StrEnum):
+    HF = "hf"
+    COMPRESSED_TENSORS = "compressed-tensors"
 
 
 @app.callback()
@@ -50,8 +56,11 @@ def quantize(
     length: Length = None,
     batch_size: BatchSize = None,
     export: Annotated[
-        Literal["hf"] | None,
-        typer.Option(help="Also write the folded full-precision model as a Hugging Face checkpoint, to OUT/hf."),
+        list[Export] | None,
+        typer.Option(
+            help="Also write OUT/hf, the folded full-precision model as a Hugging Face checkpoint, or "
+            "OUT/compressed-tensors, the quantized one as vLLM and transformers read it. May be given twice."
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None,
@@ -62,7 +71,7 @@ def quantize(
     from jaxq.cli.quantizing import Calibration, quantize_command
 
     what = Calibration(calibration, samples, length, batch_size)
-    quantize_command(model, recipe, what, out, export is not None, checkpoint)
+    quantize_command(model, recipe, what, out, export or (), checkpoint)
 
 
 @app.command("eval")

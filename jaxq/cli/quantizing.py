@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 import jaxq
 from jaxq.cli.calibration import Batches, Calibration, calibration_batches
 from jaxq.cli.errors import Failure
+from jaxq.cli.exporting import exports
 from jaxq.clipping import Clipping
 from jaxq.execute import execute
 from jaxq.fold import fold
@@ -28,7 +29,7 @@ from jaxq.qtensor import Grid, Quantized, is_qtensor
 from jaxq.recipe_steps import calibrate_recipe, searches_percentile, to_step
 from jaxq.recipes import RecipeFile, read_recipe
 from jaxq.report import counting, say
-from jaxq.saved import EXPORTED, save_model
+from jaxq.saved import save_model
 from jaxq.steps.group import Group, Spec
 
 
@@ -41,7 +42,12 @@ class Folded:
 
 
 def quantize_command(
-    name: str, recipe_name: str, calibration: Calibration, out: Path, export: bool, checkpoint: Path | None
+    name: str,
+    recipe_name: str,
+    calibration: Calibration,
+    out: Path,
+    wanted: Collection[str],
+    checkpoint: Path | None,
 ) -> None:
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another --out, or remove it first")
@@ -73,15 +79,16 @@ def quantize_command(
         say(f"token-wise clipping: percentile {clipping.percentile:.3f} of {len(clipping.percentiles)} tried")
     formats = float_formats(quantized)
     _say_formats(formats)
-    whole = not folded.quantized.inputs
     about = _about(model, recipe, calibration, batches, time.perf_counter() - started)
     about |= {"proofs": _proofs(folded, errors), "clipping": _clipping(clipping), "float_formats": formats}
-    save_model(out, model, quantized, about, folded.quantized.params if export and whole else None)
-    say(f"saved to {out}" + (f", the folded full-precision model to {out / EXPORTED}" if export and whole else ""))
+    writers, refused = exports(model, quantized, folded.quantized, wanted)
+    save_model(out, model, quantized, about, writers)
+    say(f"saved to {out}" + "".join(f", {kind} to {out / kind}" for kind in writers))
     if checkpoint is not None:
         say(f"{checkpoint} is no longer needed and may be removed")
-    if export and not whole:
-        raise Failure(_why_not_exported(folded.quantized, out))
+    if refused:
+        why = "; ".join(f"not as {kind}: {reason}" for kind, reason in refused.items())
+        raise Failure(f"the quantized model is saved in {out}, but {why}")
 
 
 def _check_recipe(model: Model, recipe: RecipeFile) -> None:
@@ -143,14 +150,6 @@ def _say_proofs(folded: Folded, errors: dict[str, float]) -> None:
     say(
         f"{len(transforms)} groups transformed; before any rounding the outputs moved by {folded.error:.2g} (relative)"
         f", the activation at {worst} by {errors[worst]:.2g} at most"
-    )
-
-
-def _why_not_exported(folded: Quantized, out: Path) -> str:
-    names = ", ".join(sorted(folded.inputs))
-    return (
-        f"the quantized model is saved in {out}, but not as a Hugging Face checkpoint: {len(folded.inputs)} groups "
-        f"keep a shift or scale at run time, which that format has no place for: {names}; see `jaxq sites`"
     )
 
 

@@ -1,8 +1,10 @@
 """Safetensors checkpoints on disk: read as memory-mapped views, written in shards. Nothing is ever unpickled."""
 
 import json
+import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +18,13 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+WRITTEN = CODES | {  # what else a quantized checkpoint is made of
+    np.dtype(np.int8): "I8",
+    np.dtype(np.uint8): "U8",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.int64): "I64",
+    np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
+}
 CONVERT = (
     "convert it once, where you trust it, with transformers and torch: NAME.from_pretrained(SOURCE)"
     ".save_pretrained(TARGET), NAME being the class that its config.json lists under architectures"
@@ -62,6 +71,15 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
     header = json.loads(raw[8:start].tobytes())
     header.pop("__metadata__", None)
     return {name: _view(path, name, raw[start:], e) for name, e in header.items() if not name.endswith(TABLES)}
+
+
+def release(view: np.ndarray) -> None:
+    """Takes the file that a view maps out of this process's memory; what is used again is read again."""
+    base: Any = view
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _view(path: Path, name: str, body: np.ndarray, entry: dict) -> np.ndarray:
@@ -120,7 +138,7 @@ def _write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": WRITTEN[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data start at a multiple of 8 bytes
     with path.open("wb") as file:

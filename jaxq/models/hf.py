@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxq.models.build import FAMILIES, Model, Params, build, flat
-from jaxq.models.checkpoint import CODES, file_of, read_tensors, write_tensors
+from jaxq.models.checkpoint import CODES, file_of, read_tensors, release, write_tensors
 from jaxq.models.family import Family
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -38,7 +39,7 @@ def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
     config = _read_json(directory / "config.json")
     family, forward, layout = build(config, str(directory / "config.json"))
     params = _import(layout, FAMILIES[family], read_tensors(directory), directory)
-    params = jax.tree.map(lambda leaf: leaf.astype(_leaf_dtype(leaf.dtype, dtype), copy=False), params)
+    params = jax.tree.map(lambda leaf: _converted(leaf, _leaf_dtype(leaf.dtype, dtype)), params)
     return Model(str(name_or_dir), family, config, forward, params, _tokenizer(directory), read_preprocessor(directory))
 
 
@@ -49,13 +50,27 @@ def save_hf(model: Model, params: Params, out_dir: str | Path, max_shard_bytes: 
     ValueError if a parameter is missing, has no place in the family's checkpoint (a bias where the configuration has
     none), has the wrong shape or is not a float array.
     """
+    tensors = {name: stored(path, leaf) for path, (name, leaf) in places(model, params).items()}
+    write_directory(model, tensors, out_dir, max_shard_bytes=max_shard_bytes)
+
+
+def write_directory(
+    model: Model,
+    tensors: Mapping[str, np.ndarray],
+    out_dir: str | Path,
+    further: Mapping[str, Any] = MappingProxyType({}),
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a checkpoint's tensors with the model's configuration (and ``further``) and tokenizer beside them.
+
+    All of it or none of it; FileExistsError if the directory exists.
+    """
     target = Path(out_dir)
     if target.exists():
         raise FileExistsError(f"{target}: exists already; remove it or give another directory")
-    tensors = _export(model, params)
-    kinds = {tensor.dtype for tensor in tensors.values()}
+    kinds = {tensor.dtype for tensor in tensors.values()} & set(CODES)
     dtype = str(kinds.pop()) if len(kinds) == 1 else "float32"
-    config = {key: value for key, value in model.config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    config = {key: value for key, value in model.config.items() if key != "torch_dtype"} | {"dtype": dtype, **further}
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -127,6 +142,15 @@ def _leaf_dtype(stored: np.dtype, asked: Any) -> np.dtype:
     return np.dtype(np.float32) if stored in HALF else stored
 
 
+def _converted(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The leaf itself, or a copy of another type; then its file need not stay in memory beside it."""
+    if leaf.dtype == dtype:
+        return leaf
+    copy = leaf.astype(dtype)
+    release(leaf)
+    return copy
+
+
 def _tensor_name(names: Mapping[str, str], path: str) -> str:
     """``layers/3/attn/q/kernel`` -> ``model.layers.3.self_attn.q_proj.weight``."""
     if path in names:
@@ -172,24 +196,28 @@ def _import(layout: Params, family: Family, tensors: Mapping[str, np.ndarray], d
     return params
 
 
-def _export(model: Model, params: Params) -> dict[str, np.ndarray]:
-    """The parameters under their checkpoint names; every leaf must have its place, and every place its leaf."""
+def places(model: Model, params: Params) -> dict[str, tuple[str, Any]]:
+    """By path, what a checkpoint calls a parameter, and its leaf: every leaf has its place, every place its leaf."""
     names, found, expected = FAMILIES[model.family].names, flat(params), flat(build(model.config, "")[2])
     for path in expected.keys() - found.keys():
         raise ValueError(f"parameter {path} is missing from params")
-    tensors = {}
     for path, leaf in found.items():
         if path not in expected:
             raise ValueError(
                 f"parameter {path} has no place in a {model.family} checkpoint with this configuration; "
                 "fold it into another parameter, or switch the bias on in the model's config"
             )
-        if not isinstance(leaf, np.ndarray | jax.Array) or np.dtype(leaf.dtype) not in CODES:
-            raise ValueError(
-                f"parameter {path} is a {type(leaf).__name__} of {getattr(leaf, 'dtype', 'no dtype')}; a Hugging Face "
-                "checkpoint holds float arrays: decode quantized leaves first"
-            )
-        if leaf.shape != expected[path].shape:
-            raise ValueError(f"parameter {path} has shape {leaf.shape}, the model asks for {expected[path].shape}")
-        tensors[_tensor_name(names, path)] = np.asarray(leaf).transpose(_stored_axes(path, leaf.ndim))
-    return tensors
+        shape = getattr(leaf, "shape", None)
+        if shape is not None and shape != expected[path].shape:
+            raise ValueError(f"parameter {path} has shape {shape}, the model asks for {expected[path].shape}")
+    return {path: (_tensor_name(names, path), leaf) for path, leaf in found.items()}
+
+
+def stored(path: str, leaf: Any) -> np.ndarray:
+    """A full-precision parameter as a checkpoint holds it; ValueError for anything but a float array."""
+    if not isinstance(leaf, np.ndarray | jax.Array) or np.dtype(leaf.dtype) not in CODES:
+        raise ValueError(
+            f"parameter {path} is a {type(leaf).__name__} of {getattr(leaf, 'dtype', 'no dtype')}; a Hugging Face "
+            "checkpoint holds float arrays: decode quantized leaves first"
+        )
+    return np.asarray(leaf).transpose(_stored_axes(path, leaf.ndim))

@@ -1,6 +1,7 @@
 """Checkpoints in and out: laziness, round trips, and an error that says what is wrong for each bad input."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from jaxq.models import init, load, model_of, save_hf
 from jaxq.models.build import flat
-from jaxq.models.checkpoint import read_file, read_tensors, write_tensors
+from jaxq.models.checkpoint import read_file, read_tensors, release, write_tensors
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NAMES = ("opt", "opt-post-norm", "llama", "llama-sharded", "mistral", "qwen2", "qwen3", "bloom")
@@ -378,3 +379,22 @@ def test_read_file_knows_every_float_type(tmp_path):
     for name, array in arrays.items():
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_released_file_is_out_of_memory_and_can_be_read_again(tmp_path):
+    if not Path("/proc/self/smaps").exists():
+        pytest.skip("what is in memory is read from Linux's /proc")
+    values = np.arange(2**20, dtype=np.float32)
+    write_tensors(tmp_path, {"values": values}, 10**9)
+    view = read_tensors(tmp_path)["values"]
+
+    def resident() -> int:
+        (entry,) = re.findall(rf"{tmp_path}.*\n(?:.*\n)*?Rss: +(\d+) kB", Path("/proc/self/smaps").read_text())
+        return int(entry)
+
+    np.testing.assert_array_equal(view, values)
+    assert resident() > 4000
+    release(view[:5].T)
+    assert resident() == 0
+    np.testing.assert_array_equal(view, values)
+    release(values)  # nothing to release

@@ -7,7 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+import jaxq
 from jaxq.models import init, load, model_of, save_hf
+from jaxq.steps import channel_scale, channel_shift, fed_by_attention, fed_by_norm, foldable
+from tests.tiny import tiny_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -101,6 +104,39 @@ def test_padding_beside_transformers(name):
     np.testing.assert_allclose(
         found[mask == 1], torch_logits(GOLDEN / name, tokens, mask)[mask == 1], rtol=1e-4, atol=1e-4
     )
+
+
+FOLDED = {
+    "opt": (OPT, ["embed/*"]),
+    "llama": (LLAMA, ["lm_head/*"]),
+    "qwen3": (QWEN3 | dict(tie_word_embeddings=True), ["embed/*"]),
+    "bloom": (BLOOM | dict(n_head=4), ["embed/*"]),
+    "bert": (BERT, []),
+    "bert masked lm": (BERT | dict(architectures=["BertForMaskedLM"]), ["embed/*"]),
+}
+
+
+@pytest.mark.parametrize("config, skipped", FOLDED.values(), ids=FOLDED.keys())
+def test_a_folded_checkpoint_computes_the_same_in_transformers(config, skipped, tmp_path):
+    """OS+'s shifts and scales where they can be folded: other weights, the same function."""
+    tokens = np.random.default_rng(1).integers(0, 40, (2, 12), np.int32)
+    model = tiny_model(config)
+    shifted, scaled = (
+        (fed_by_norm, foldable) if model.causal else (fed_by_attention,) * 2
+    )  # BERT's residuals read norms
+    recipe = jaxq.chain(jaxq.os_plus(channel_shift(shifted), channel_scale(where=scaled)), jaxq.quantize())
+    quantized = jaxq.calibrate(model.forward, model.params, [tokens], jaxq.skip(skipped, recipe))
+    folded = jaxq.fold(model.forward, model.params, quantized.transforms, tokens)
+    assert quantized.transforms and not folded.inputs
+    save_hf(model, folded.params, tmp_path / "folded")
+    want = np.asarray(jax.jit(model.forward)(model.params, tokens))
+    np.testing.assert_allclose(
+        torch_logits(tmp_path / "folded", tokens), want, rtol=1e-3, atol=1e-5 * np.abs(want).max()
+    )
+    moved = [
+        not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (model.params, folded.params)), strict=True)
+    ]
+    assert sum(moved) >= len(quantized.transforms)
 
 
 def test_sharded_half_precision_checkpoint_loads_in_transformers(tmp_path):
