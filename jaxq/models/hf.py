@@ -35,10 +35,11 @@ def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
     """
     directory = _locate(name_or_dir)
     config = _read_config(directory)
-    family, forward, layout = build(config, str(directory / "config.json"))
-    params = _import(layout, FAMILIES[family], read_tensors(directory), directory)
+    made = build(config, str(directory / "config.json"))
+    params = _import(made.layout, FAMILIES[made.family], read_tensors(directory), directory)
     params = jax.tree.map(lambda leaf: leaf.astype(_leaf_dtype(leaf.dtype, dtype), copy=False), params)
-    return Model(str(name_or_dir), family, config, forward, params, _tokenizer(directory))
+    tokenizer = _tokenizer(directory)
+    return Model(str(name_or_dir), made.family, config, made.forward, made.step, made.kept, params, tokenizer)
 
 
 def save_hf(model: Model, params: Params, out_dir: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -154,7 +155,7 @@ def _import(layout: Params, family: Family, tensors: Mapping[str, np.ndarray], d
 
 def _export(model: Model, params: Params) -> dict[str, np.ndarray]:
     """The parameters under their checkpoint names; every leaf must have its place, and every place its leaf."""
-    names, found, expected = FAMILIES[model.family].names, flat(params), flat(build(model.config, "")[2])
+    names, found, expected = FAMILIES[model.family].names, flat(params), flat(build(model.config, "").layout)
     for path in expected.keys() - found.keys():
         raise ValueError(f"parameter {path} is missing from params")
     tensors = {}
