@@ -101,7 +101,8 @@ def build(config: Mapping[str, Any], source: str) -> Functions:
         _check_structure(params, layout)
         if not FAMILIES[family].causal:
             raise ValueError(f"{source}: {family} is an encoder, which does not go on with a text")
-        return nnx.merge(graph, params).step(tokens, caches, position)
+        decoder: Any = nnx.merge(graph, params)
+        return decoder.step(tokens, caches, position)
 
     return Functions(family, forward, step, getattr(network, "kept", ()), layout)
 

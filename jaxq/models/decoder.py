@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# What an attention layer does with the keys and values of its tokens, ``[B, T, H, d]``: gives all those to attend to, and
-# what to keep of them.
+# What an attention layer does with the keys and values of its tokens, ``[B, T, H, d]``: gives all those to attend to,
+# and what to keep of them.
 Keep = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]
 
 
