@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.cache import LayerCache
-from jaxq.evaluate.batches import on_device
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,8 @@ def generate(
         key, used = jax.random.split(key)
         return _choose(logits, temperature, used)[:, None], (caches, position + tokens.shape[1], key)
 
-    params, state = on_device(params), (tuple(caches), jnp.int32(0), jax.random.key(seed))
+    params = jax.tree.map(jnp.asarray, params)  # files that are mapped into memory would be read at every call
+    state = tuple(caches), jnp.int32(0), jax.random.key(seed)
     begin = time.perf_counter()
     run = jax.jit(advance, donate_argnums=2)
     prefill, decode = (run.lower(params, some, state).compile() for some in (tokens, tokens[:, :1]))

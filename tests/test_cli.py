@@ -302,7 +302,7 @@ def test_generate(opt, recipe, text, tmp_path, more):
 
 def test_what_cannot_be_generated(opt, bert):
     refused(run("generate", opt, "--prompt", "def", "--tokens", 40, code=1), "40 more", "32", "--tokens")
-    refused(run("generate", opt, "--prompt", "def", "--cache", "int4", code=1), "'int4'", "bf16", "fp8")
+    refused(run("generate", opt, "--prompt", "def", "--tokens", 4, "--cache", "int4", code=1), "'int4'", "bf16", "fp8")
     refused(run("generate", bert, "--prompt", "def", code=1), "encoder")
     assert len(run("generate", opt, "--prompt", "", "--tokens", 1).split("│")) > 3, "the model's first token will do"
 
