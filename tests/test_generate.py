@@ -17,6 +17,7 @@ from tests.tiny import BERT, BLOOM, LLAMA, MISTRAL, OPT, QWEN2, QWEN3, TEXT, tin
 SHARED = (Path(__file__).resolve().parents[2] / "shared/models").resolve()
 FAMILIES = {config["model_type"]: config for config in (OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3)}
 PROMPTS = np.random.default_rng(0).integers(0, 1024, (2, 9), np.int32)
+FAMILIES["opt, norms after"] = OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 8}
 COUNT = 10
 KINDS = ("float32", "bf16", "int8", "fp8")
 ALL = jaxq.quantize(weights=jaxq.Int(8), activations=jaxq.Int(8), attention=jaxq.Int(8))
