@@ -41,7 +41,7 @@ def write(folder: Path, gigabytes: float, dtype: str) -> None:
     kind = np.dtype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype))
     config = CONFIG | {"num_hidden_layers": round(gigabytes * 1e9 / LAYER / kind.itemsize)}
     random = np.random.default_rng(0)
-    layout = build(config, "config")[2]
+    layout = build(config, "config").layout
     params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32).astype(kind), layout)
     save_hf(model_of(config, params), params, folder, max_shard_bytes=300_000_000)
 

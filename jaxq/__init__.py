@@ -1,9 +1,11 @@
 """jaxq quantizes JAX programs: a forward function and its parameters in, another parameter tree for it out."""
 
+from jaxq.cache import new_cache
 from jaxq.calibrate import calibrate
 from jaxq.execute import execute
 from jaxq.fold import FoldError, fold
 from jaxq.formats import AnyFloat, Float, Int
+from jaxq.generate import Generated, generate
 from jaxq.pack import bits_per_weight, pack, unpack
 from jaxq.qtensor import InputQuant, Packed, QTensor, Quantized
 from jaxq.quantizer import (
@@ -43,6 +45,7 @@ __all__ = [
     "Float",
     "FloatSearch",
     "FoldError",
+    "Generated",
     "InputQuant",
     "Int",
     "Packed",
@@ -60,10 +63,12 @@ __all__ = [
     "fold",
     "fpq_baseline",
     "gamma_migration",
+    "generate",
     "llm_fp4",
     "mxfp4",
     "mxfp6",
     "mxfp8",
+    "new_cache",
     "nvfp4",
     "os_plus",
     "pack",

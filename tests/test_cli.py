@@ -339,6 +339,27 @@ def test_debug_shows_the_traceback():
     assert isinstance(result.exception, FileNotFoundError) and "error: " not in result.output
 
 
+@pytest.mark.parametrize("more", [(), ("--packed",), ("--cache", "int8", "--temperature", 0.5, "--seed", 3)])
+def test_generate(opt, recipe, text, tmp_path, more):
+    quantize(opt, recipe, text, tmp_path / "out")
+    for model in (opt, tmp_path / "out"):
+        command = "generate", model, "--prompt", "def add(", "--tokens", 5, *more
+        shown = run(*command, "--json", tmp_path / "r.json")
+        found = json.loads((tmp_path / "r.json").read_text())
+        assert "def add(" + found["text"] in shown and "decode" in shown
+        assert len(found["tokens"]) == 5 and found["packed"] == ("--packed" in more)
+        assert found["prefill"] > 0 and found["decode"] > 0 and f"{found['prefill']:.4g}" in shown
+        run(*command, "--json", tmp_path / "again.json")
+        assert json.loads((tmp_path / "again.json").read_text())["tokens"] == found["tokens"]
+
+
+def test_what_cannot_be_generated(opt, bert):
+    refused(run("generate", opt, "--prompt", "def", "--tokens", 40, code=1), "40 more", "32", "--tokens")
+    refused(run("generate", opt, "--prompt", "def", "--tokens", 4, "--cache", "int4", code=1), "'int4'", "bf16", "fp8")
+    refused(run("generate", bert, "--prompt", "def", code=1), "encoder")
+    assert len(run("generate", opt, "--prompt", "", "--tokens", 1).split("│")) > 3, "the model's first token will do"
+
+
 # As a process of its own ----------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""The command line: `jaxq quantize`, `eval`, `sites`, `recipes` and `demo`.
+"""The command line: `jaxq quantize`, `eval`, `generate`, `sites`, `recipes` and `demo`.
 
 Everything slow to import (transformers, Orbax, Flax) is imported inside the command that needs it.
 """
@@ -122,6 +122,30 @@ def evaluate(
         run.classify_command(model, classify, length, batch_size, json)
     elif images is not None:
         run.images_command(model, images, batch_size, json)
+
+
+@app.command()
+@readable_errors
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"What `jaxq quantize` wrote. Or: {MODEL_HELP}")],
+    prompt: Annotated[str, typer.Option(help="The text to go on with.")],
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens.")] = 64,
+    cache: Annotated[
+        str, typer.Option(help="What keys and values are kept as: float32, bf16, int8 or fp8 (E4M3).")
+    ] = "bf16",
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Multiply packed codes, where otherwise low precision is simulated.")
+    ] = False,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0: the likeliest token; else drawn, from logits divided by this.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    json: Json = None,
+) -> None:
+    """Go on with a text, and say how fast."""
+    from jaxq.cli.generating import generate_command
+
+    generate_command(model, prompt, tokens, cache, packed, temperature, seed, json)
 
 
 @app.command()

@@ -73,7 +73,7 @@ class Layer(nnx.Module):
         self.mlp_norm = _norm(config, rngs)
 
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
-        x = self.attn_norm(x + self.attn(x, bias))
+        x = self.attn_norm(x + self.attn(x, bias)[0])
         return self.mlp_norm(x + self.mlp(x))
 
 

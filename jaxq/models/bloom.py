@@ -1,13 +1,16 @@
 """BLOOM (Scao et al. 2022, arXiv:2211.05100) as Flax NNX modules: transformers' ``BloomForCausalLM``; BLOOMZ too."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxq.models.decoder import Decoder, Keep
 from jaxq.models.family import Family, with_prefix
 from jaxq.models.layers import ACTIVATIONS, MLP, Embedding, attend, causal_bias
 
@@ -52,19 +55,20 @@ def alibi(heads: int, length: int, mask: jax.Array | None, dtype: jnp.dtype) -> 
 
 
 class Attention(nnx.Module):
-    """Causal self-attention, ``[B, T, D] -> [B, T, D]``; one projection makes q, k and v, head by head."""
+    """Causal self-attention, ``[B, T, D] -> [B, T, D]``, and what is kept; one projection makes q, k and v by heads."""
 
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
         self.heads = heads
         self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
         self.out = nnx.Linear(width, width, rngs=rngs)
 
-    def __call__(self, x: jax.Array, places: jax.Array, bias: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, bias: jax.Array, keep: Keep) -> tuple[jax.Array, Any]:
         batch, length, width = x.shape
         fused = self.qkv(x).reshape(batch, length, self.heads, 3, width // self.heads)
         q, k, v = (part[:, :, :, 0] for part in jnp.split(fused, 3, axis=3))
-        mixed = attend(q * (q.shape[-1] ** -0.5), k, v, places + bias)
-        return self.out(mixed.reshape(x.shape))
+        k, v, kept = keep(k, v)
+        mixed = attend(q * (q.shape[-1] ** -0.5), k, v, bias)
+        return self.out(mixed.reshape(x.shape)), kept
 
 
 class Layer(nnx.Module):
@@ -78,20 +82,25 @@ class Layer(nnx.Module):
         self.mlp_norm = _norm(config, rngs)
         self.mlp = MLP(width, 4 * width, ACTIVATIONS["gelu_pytorch_tanh"], rngs=rngs)
 
-    def __call__(self, x: jax.Array, places: jax.Array, bias: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, bias: jax.Array, keep: Keep) -> tuple[jax.Array, Any]:
         h = self.attn_norm(x)
-        x = (h if self.residual_of_norm else x) + self.attn(h, places, bias)
+        mixed, kept = self.attn(h, bias, keep)
+        x = (h if self.residual_of_norm else x) + mixed
         h = self.mlp_norm(x)
-        return (h if self.residual_of_norm else x) + self.mlp(h)
+        return (h if self.residual_of_norm else x) + self.mlp(h), kept
 
 
-class CausalLM(nnx.Module):
-    """The decoder with its language-model head; ``config`` is the checkpoint's ``config.json`` as a dict."""
+class CausalLM(Decoder):
+    """The decoder with its language-model head; ``config`` is the checkpoint's ``config.json`` as a dict.
+
+    Texts of any length will do: positions are no table.
+    """
 
     def __init__(self, config: dict, *, rngs: nnx.Rngs):
         old = {ours: config[theirs] for ours, theirs in SYNONYMS.items() if theirs in config}
         config = DEFAULTS | old | config
         width, self.heads = config["hidden_size"], config["n_head"]
+        self.kept = ((self.heads, width // self.heads),) * config["n_layer"]
         self.embed = Embedding(config["vocab_size"], width, rngs=rngs)
         self.embed_norm = _norm(config, rngs)
         self.layers = nnx.List([Layer(config, rngs) for _ in range(config["n_layer"])])
@@ -99,16 +108,17 @@ class CausalLM(nnx.Module):
         tied = config["tie_word_embeddings"]
         self.lm_head = None if tied else nnx.Linear(width, config["vocab_size"], use_bias=False, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """``tokens`` int ``[B, T]``, ``mask`` bool or int ``[B, T]`` (1 = real token) -> logits ``[B, T, V]``.
+    def hidden(
+        self, tokens: jax.Array, places: jax.Array, keys: int, mask: jax.Array | None, keeps: Sequence[Keep]
+    ) -> tuple[jax.Array, tuple]:
+        x, kept = self.embed_norm(self.embed(tokens)), []
+        bias = alibi(self.heads, keys, mask, x.dtype) + causal_bias(places, keys, mask, x.dtype)
+        for layer, keep in zip(self.layers, keeps, strict=True):
+            x, of_layer = layer(x, bias, keep)
+            kept.append(of_layer)
+        return x, tuple(kept)
 
-        Any T will do: positions are no table.
-        """
-        length = tokens.shape[1]
-        x = self.embed_norm(self.embed(tokens))
-        places, bias = alibi(self.heads, length, mask, x.dtype), causal_bias(length, mask, x.dtype)
-        for layer in self.layers:
-            x = layer(x, places, bias)
+    def head(self, x: jax.Array) -> jax.Array:
         x = self.final_norm(x)
         return self.embed.attend(x) if self.lm_head is None else self.lm_head(x)
 

@@ -12,6 +12,7 @@ from jaxq.models.family import Family
 
 Params = dict[Any, Any]
 Forward = Callable[..., jax.Array]
+Step = Callable[..., tuple[jax.Array, tuple]]
 
 FAMILIES: Mapping[str, Family] = {
     "opt": opt.FAMILY,
@@ -27,6 +28,18 @@ FAMILIES: Mapping[str, Family] = {
 
 
 @dataclass(frozen=True)
+class Functions:
+    """What a configuration describes, without numbers: ``layout`` are the parameters as abstract float32 arrays, the
+    rest as in ``Model``."""
+
+    family: str
+    forward: Forward
+    step: Step
+    kept: tuple[tuple[int, int], ...]
+    layout: Params
+
+
+@dataclass(frozen=True)
 class Model:
     """A language model, encoder or classifier of images as jaxq sees one: a pure function and the parameters it takes.
 
@@ -34,6 +47,8 @@ class Model:
     token) -> logits ``[B, T, V]``; it computes in the parameters' type. BERT takes token types ``[B, T]`` after the
     mask, and gives what its architecture does: hidden states ``[B, T, D]``, logits ``[B, T, V]`` or ``[B, labels]``.
     ViT's is ``forward(params, pixels)``: float ``[B, H, W, C]`` -> logits ``[B, labels]``.
+    ``step(params, tokens, caches, position)`` is the same function for a text read piece by piece, see
+    ``decoder.Decoder.step``; ``kept`` are the heads and channels of what each layer's cache holds, none in an encoder.
     ``params`` is a nested dict with Flax's layout (``layers/0/attn/q/kernel``; kernels ``[in, out]``). ``config`` is
     the content of ``config.json``, ``tokenizer`` a transformers tokenizer, ``preprocessor`` the content of
     ``preprocessor_config.json``, or None where there is none.
@@ -43,6 +58,8 @@ class Model:
     family: str
     config: dict[str, Any]
     forward: Forward
+    step: Step
+    kept: tuple[tuple[int, int], ...]
     params: Params
     tokenizer: Any
     preprocessor: dict[str, Any] | None = None
@@ -70,8 +87,8 @@ def model_of(
 
     Raises ValueError if the configuration asks for something that is not supported.
     """
-    family, forward, _ = build(config, name)
-    return Model(name, family, dict(config), forward, params, tokenizer, preprocessor)
+    made = build(config, name)
+    return Model(name, made.family, dict(config), made.forward, made.step, made.kept, params, tokenizer, preprocessor)
 
 
 def init(config: Mapping[str, Any], seed: int = 0) -> Params:
@@ -80,23 +97,31 @@ def init(config: Mapping[str, Any], seed: int = 0) -> Params:
     return jax.jit(lambda: nnx.to_pure_dict(nnx.state(module(nnx.Rngs(seed)))))()  # one compilation, not one a leaf
 
 
-def build(config: Mapping[str, Any], source: str) -> tuple[str, Forward, Params]:
-    """The family, the forward function, and the parameters' layout (abstract float32 arrays); allocates nothing.
+def build(config: Mapping[str, Any], source: str) -> Functions:
+    """The functions that a configuration describes and the layout of their parameters; allocates nothing.
 
     ``source`` names the configuration in errors. Raises ValueError for an unsupported or incomplete configuration.
     """
     module = _module(config, source)
     try:
-        graph, state = nnx.split(nnx.eval_shape(lambda: module(nnx.Rngs(0))))
+        network = nnx.eval_shape(lambda: module(nnx.Rngs(0)))
     except KeyError as error:
         raise ValueError(f"{source}: the configuration has no {error}") from error
-    layout = nnx.to_pure_dict(state)
+    graph, state = nnx.split(network)
+    layout, family = nnx.to_pure_dict(state), config["model_type"]
 
     def forward(params: Params, *inputs: jax.Array) -> jax.Array:
         _check_structure(params, layout)
         return nnx.merge(graph, params)(*inputs)
 
-    return config["model_type"], forward, layout
+    def step(params: Params, tokens: jax.Array, caches: Any, position: jax.Array) -> tuple[jax.Array, tuple]:
+        _check_structure(params, layout)
+        if not FAMILIES[family].causal:
+            raise ValueError(f"{source}: {family} is an encoder, which does not go on with a text")
+        decoder: Any = nnx.merge(graph, params)
+        return decoder.step(tokens, caches, position)
+
+    return Functions(family, forward, step, getattr(network, "kept", ()), layout)
 
 
 def flat(params: Params) -> dict[str, Any]:

@@ -37,10 +37,20 @@ def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
     """
     directory = _locate(name_or_dir)
     config = _read_json(directory / "config.json")
-    family, forward, layout = build(config, str(directory / "config.json"))
-    params = _import(layout, FAMILIES[family], read_tensors(directory), directory)
+    made = build(config, str(directory / "config.json"))
+    params = _import(made.layout, FAMILIES[made.family], read_tensors(directory), directory)
     params = jax.tree.map(lambda leaf: _converted(leaf, _leaf_dtype(leaf.dtype, dtype)), params)
-    return Model(str(name_or_dir), family, config, forward, params, _tokenizer(directory), read_preprocessor(directory))
+    return Model(
+        str(name_or_dir),
+        made.family,
+        config,
+        made.forward,
+        made.step,
+        made.kept,
+        params,
+        _tokenizer(directory),
+        read_preprocessor(directory),
+    )
 
 
 def save_hf(model: Model, params: Params, out_dir: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -198,7 +208,7 @@ def _import(layout: Params, family: Family, tensors: Mapping[str, np.ndarray], d
 
 def places(model: Model, params: Params) -> dict[str, tuple[str, Any]]:
     """By path, what a checkpoint calls a parameter, and its leaf: every leaf has its place, every place its leaf."""
-    names, found, expected = FAMILIES[model.family].names, flat(params), flat(build(model.config, "")[2])
+    names, found, expected = FAMILIES[model.family].names, flat(params), flat(build(model.config, "").layout)
     for path in expected.keys() - found.keys():
         raise ValueError(f"parameter {path} is missing from params")
     for path, leaf in found.items():

@@ -1,10 +1,13 @@
 """What the models share: tables, activation functions, and attention as the two contractions it is."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from jaxq.models.decoder import Keep, keep_nothing
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -43,7 +46,7 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention, ``[B, T, D] -> [B, T, D]``; ``bias`` as ``causal_bias`` gives it."""
+    """Multi-head self-attention, ``[B, T, D] -> [B, T, D]``, and what ``keep`` keeps; ``bias`` as below."""
 
     def __init__(self, width: int, heads: int, *, qkv_bias: bool = True, out_bias: bool = True, rngs: nnx.Rngs):
         self.heads = heads
@@ -52,11 +55,12 @@ class Attention(nnx.Module):
         self.v = nnx.Linear(width, width, use_bias=qkv_bias, rngs=rngs)
         self.out = nnx.Linear(width, width, use_bias=out_bias, rngs=rngs)
 
-    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, bias: jax.Array, keep: Keep = keep_nothing) -> tuple[jax.Array, Any]:
         split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
         q = self.q(x) * (split[-1] ** -0.5)
-        mixed = attend(q.reshape(split), self.k(x).reshape(split), self.v(x).reshape(split), bias)
-        return self.out(mixed.reshape(x.shape))
+        k, v, kept = keep(self.k(x).reshape(split), self.v(x).reshape(split))
+        mixed = attend(q.reshape(split), k, v, bias)
+        return self.out(mixed.reshape(x.shape)), kept
 
 
 class MLP(nnx.Module):
@@ -79,15 +83,19 @@ class MLP(nnx.Module):
         return self.down(self.activation(self.up(x)))
 
 
-def causal_bias(length: int, mask: jax.Array | None, dtype: jnp.dtype, window: int | None = None) -> jax.Array:
+def causal_bias(
+    places: jax.Array, keys: int, mask: jax.Array | None, dtype: jnp.dtype, window: int | None = None
+) -> jax.Array:
     """What is added to the attention scores: 0 where a key may be seen, the most negative number elsewhere.
 
-    ``mask`` is None or ``[B, T]`` (bool or integer, 1 = a real token); a position sees itself and, with a ``window``,
-    the ``window - 1`` before it. Returns ``[1 or B, 1, T, T]`` of ``dtype``.
+    ``places``, int ``[T]``, are the queries' among the ``keys``; ``mask`` is None or ``[B, keys]`` (bool or integer, 1
+    = a real token). A position sees itself and, with a ``window``, the ``window - 1`` before it. Returns
+    ``[1 or B, 1, T, keys]`` of ``dtype``.
     """
-    visible = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    before = (places[:, None] - jnp.arange(keys, dtype=places.dtype)[None])[None, None]
+    visible = before >= 0
     if window is not None:
-        visible = jnp.triu(visible, 1 - window)
+        visible = visible & (before < window)
     if mask is not None:
         visible = visible & mask.astype(bool)[:, None, None, :]
     return _bias(visible, dtype)
@@ -103,7 +111,7 @@ def _bias(visible: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
-    """Softmax attention of already scaled queries: q, k, v ``[B, T, H, d]``, bias as above -> as ``v``.
+    """Softmax attention of already scaled queries: q ``[B, T, H, d]``, k, v ``[B, keys, H, d]``, bias as above -> as q.
 
     The softmax runs in float32 whatever the computation's type, as transformers does.
     """

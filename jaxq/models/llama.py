@@ -1,13 +1,15 @@
 """LLaMA (Touvron et al. 2023, arXiv:2302.13971) as Flax NNX modules: transformers' ``LlamaForCausalLM``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxq.models.decoder import Decoder, Keep
 from jaxq.models.family import Family, with_prefix
 from jaxq.models.layers import Embedding, activation, attend, causal_bias
 from jaxq.models.rope import angles, magnitude, read_rope, rotate
@@ -51,7 +53,7 @@ class Variant:
 
 
 class Attention(nnx.Module):
-    """Grouped-query causal self-attention with rotary positions, ``[B, T, D] -> [B, T, D]``."""
+    """Grouped-query causal self-attention with rotary positions, ``[B, T, D] -> [B, T, D]``, and what is kept."""
 
     def __init__(self, config: dict, variant: Variant, rngs: nnx.Rngs):
         width, bias = config["hidden_size"], variant.qkv_bias
@@ -65,16 +67,19 @@ class Attention(nnx.Module):
         self.k_norm = _norm(self.dim, config, rngs) if variant.head_norms else None
         self.out = nnx.Linear(self.heads * self.dim, width, use_bias=variant.out_bias, rngs=rngs)
 
-    def __call__(self, x: jax.Array, turn: Callable[[jax.Array], jax.Array], bias: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, turn: Callable[[jax.Array], jax.Array], bias: jax.Array, keep: Keep
+    ) -> tuple[jax.Array, Any]:
         batch, length, _ = x.shape
         q = self.q(x).reshape(batch, length, self.heads, self.dim)
         k = self.k(x).reshape(batch, length, self.kv_heads, self.dim)
         v = self.v(x).reshape(batch, length, self.kv_heads, self.dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = turn(q) * (self.dim**-0.5), turn(k)
+        k, v, kept = keep(turn(k), v)
+        q = turn(q) * (self.dim**-0.5)
         k, v = (jnp.repeat(t, self.heads // self.kv_heads, axis=2) for t in (k, v))
-        return self.out(attend(q, k, v, bias).reshape(batch, length, -1))
+        return self.out(attend(q, k, v, bias).reshape(batch, length, -1)), kept
 
 
 class MLP(nnx.Module):
@@ -101,15 +106,20 @@ class Layer(nnx.Module):
         self.mlp_norm = _norm(width, config, rngs)
         self.mlp = MLP(config, variant.mlp_bias, rngs)
 
-    def __call__(self, x: jax.Array, turn: Callable[[jax.Array], jax.Array], bias: jax.Array) -> jax.Array:
-        x = x + self.attn(self.attn_norm(x), turn, bias)
-        return x + self.mlp(self.mlp_norm(x))
+    def __call__(
+        self, x: jax.Array, turn: Callable[[jax.Array], jax.Array], bias: jax.Array, keep: Keep
+    ) -> tuple[jax.Array, Any]:
+        mixed, kept = self.attn(self.attn_norm(x), turn, bias, keep)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), kept
 
 
-class CausalLM(nnx.Module):
+class CausalLM(Decoder):
     """The decoder with its language-model head; ``config`` is the checkpoint's ``config.json`` as a dict.
 
-    Raises ValueError if the configuration asks for an activation function or a rotary type that is not known here.
+    Texts of any length will do: positions are no table, and dynamic rope is made for texts beyond the nominal length
+    (of a step the length is that of its caches). Raises ValueError if the configuration asks for an activation function
+    or a rotary type that is not known here.
     """
 
     def __init__(self, config: dict, variant: Variant, *, rngs: nnx.Rngs):
@@ -118,20 +128,23 @@ class CausalLM(nnx.Module):
         self.embed = Embedding(config["vocab_size"], width, rngs=rngs)
         self.layers = nnx.List([Layer(config, variant, rngs) for _ in variant.windows])
         self.final_norm = _norm(width, config, rngs)
+        self.kept = tuple((layer.attn.kv_heads, layer.attn.dim) for layer in self.layers)
         tied = config["tie_word_embeddings"]
         self.lm_head = None if tied else nnx.Linear(width, config["vocab_size"], use_bias=False, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """``tokens`` int ``[B, T]``, ``mask`` bool or int ``[B, T]`` (1 = real token) -> logits ``[B, T, V]``.
+    def hidden(
+        self, tokens: jax.Array, places: jax.Array, keys: int, mask: jax.Array | None, keeps: Sequence[Keep]
+    ) -> tuple[jax.Array, tuple]:
+        turned = angles(self.rope, self.layers[0].attn.dim, places, keys)
+        turn = partial(rotate, angles=turned, magnitude=magnitude(self.rope))
+        x, kept = self.embed(tokens), []
+        biases = {window: causal_bias(places, keys, mask, x.dtype, window) for window in self.windows}
+        for layer, window, keep in zip(self.layers, self.windows, keeps, strict=True):
+            x, of_layer = layer(x, turn, biases[window], keep)
+            kept.append(of_layer)
+        return x, tuple(kept)
 
-        Any T will do: positions are no table, and dynamic rope is made for texts beyond the nominal length.
-        """
-        length = tokens.shape[1]
-        turned = angles(self.rope, self.layers[0].attn.dim, length)
-        x = self.embed(tokens)
-        biases = {window: causal_bias(length, mask, x.dtype, window) for window in self.windows}
-        for layer, window in zip(self.layers, self.windows, strict=True):
-            x = layer(x, partial(rotate, angles=turned, magnitude=magnitude(self.rope)), biases[window])
+    def head(self, x: jax.Array) -> jax.Array:
         x = self.final_norm(x)
         return self.embed.attend(x) if self.lm_head is None else self.lm_head(x)
 

@@ -1,11 +1,14 @@
 """OPT (Zhang et al. 2022, arXiv:2205.01068) as Flax NNX modules: the decoder of transformers' ``OPTForCausalLM``."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxq.models.decoder import Decoder, Keep
 from jaxq.models.family import Family, with_prefix
 from jaxq.models.layers import MLP, Attention, Embedding, activation, causal_bias
 
@@ -58,18 +61,20 @@ class Layer(nnx.Module):
         act = activation(config, "activation_function")
         self.mlp = MLP(width, config["ffn_dim"], act, use_bias=bias, rngs=rngs)
 
-    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, bias: jax.Array, keep: Keep) -> tuple[jax.Array, Any]:
+        mixed, kept = self.attn(self.attn_norm(x) if self.norm_first else x, bias, keep)
         if self.norm_first:
-            x = x + self.attn(self.attn_norm(x), bias)
-            return x + self.mlp(self.mlp_norm(x))
-        x = self.attn_norm(x + self.attn(x, bias))
-        return self.mlp_norm(x + self.mlp(x))
+            x = x + mixed
+            return x + self.mlp(self.mlp_norm(x)), kept
+        x = self.attn_norm(x + mixed)
+        return self.mlp_norm(x + self.mlp(x)), kept
 
 
-class CausalLM(nnx.Module):
+class CausalLM(Decoder):
     """The decoder with its language-model head; ``config`` is the checkpoint's ``config.json`` as a dict.
 
-    Raises ValueError if the configuration asks for an activation function that is not known here.
+    Raises ValueError if the configuration asks for an activation function that is not known here, and, where it is
+    called, for more tokens than the position table has room for.
     """
 
     def __init__(self, config: dict, *, rngs: nnx.Rngs):
@@ -77,6 +82,8 @@ class CausalLM(nnx.Module):
         width = config["hidden_size"]
         outer = config.get("word_embed_proj_dim") or width
         self.max_length = config["max_position_embeddings"]
+        heads = config["num_attention_heads"]
+        self.kept = ((heads, width // heads),) * config["num_hidden_layers"]
         self.embed = Embedding(config["vocab_size"], outer, rngs=rngs)
         self.positions = Embedding(self.max_length + POSITION_OFFSET, width, rngs=rngs)
         self.project_in = nnx.Linear(outer, width, use_bias=False, rngs=rngs) if outer != width else None
@@ -87,21 +94,22 @@ class CausalLM(nnx.Module):
         tied = config["tie_word_embeddings"]
         self.lm_head = None if tied else nnx.Linear(outer, config["vocab_size"], use_bias=False, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """``tokens`` int ``[B, T]``, ``mask`` bool or int ``[B, T]`` (1 = real token) -> logits ``[B, T, V]``.
-
-        Raises ValueError if T exceeds the position table.
-        """
-        length = tokens.shape[1]
-        if length > self.max_length:
-            raise ValueError(f"OPT: {length} tokens in a row, the position table has room for {self.max_length}")
+    def hidden(
+        self, tokens: jax.Array, places: jax.Array, keys: int, mask: jax.Array | None, keeps: Sequence[Keep]
+    ) -> tuple[jax.Array, tuple]:
+        if keys > self.max_length:
+            raise ValueError(f"OPT: {keys} tokens in a row, the position table has room for {self.max_length}")
         x = self.embed(tokens)
         if self.project_in is not None:
             x = self.project_in(x)
-        x = x + self.positions(_positions(tokens, mask))
-        bias = causal_bias(length, mask, x.dtype)
-        for layer in self.layers:
-            x = layer(x, bias)
+        x = x + self.positions(_rows(places, mask))
+        bias, kept = causal_bias(places, keys, mask, x.dtype), []
+        for layer, keep in zip(self.layers, keeps, strict=True):
+            x, of_layer = layer(x, bias, keep)
+            kept.append(of_layer)
+        return x, tuple(kept)
+
+    def head(self, x: jax.Array) -> jax.Array:
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.project_out is not None:
@@ -109,10 +117,10 @@ class CausalLM(nnx.Module):
         return self.embed.attend(x) if self.lm_head is None else self.lm_head(x)
 
 
-def _positions(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _rows(places: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Rows of the position table: real tokens are counted from 0, padding takes row 1 (as transformers does)."""
     if mask is None:
-        return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] + POSITION_OFFSET
+        return places[None] + POSITION_OFFSET
     mask = mask.astype(jnp.int32)
     return jnp.cumsum(mask, axis=1) * mask - 1 + POSITION_OFFSET
 

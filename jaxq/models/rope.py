@@ -46,10 +46,10 @@ def read_rope(config: dict) -> dict:
     }
 
 
-def angles(rope: dict, dim: int, length: int) -> jax.Array:
-    """The angle of each pair of channels at each position, float32 ``[length, dim / 2]``."""
+def angles(rope: dict, dim: int, places: jax.Array, length: int) -> jax.Array:
+    """The angle of each pair of channels at ``places [T]`` of a text of ``length`` tokens, float32 ``[T, dim / 2]``."""
     steps = jnp.asarray(_frequencies(rope, dim, length), jnp.float32)
-    return jnp.arange(length, dtype=jnp.float32)[:, None] * steps[None]
+    return places.astype(jnp.float32)[:, None] * steps[None]
 
 
 def _frequencies(rope: dict, dim: int, length: int) -> np.ndarray:

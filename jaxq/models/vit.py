@@ -107,7 +107,7 @@ class Layer(nnx.Module):
         self.mlp = MLP(width, config["intermediate_size"], activation(config, "hidden_act"), rngs=rngs)
 
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
-        x = x + self.attn(self.attn_norm(x), bias)
+        x = x + self.attn(self.attn_norm(x), bias)[0]
         return x + self.mlp(self.mlp_norm(x))
 
 
