@@ -310,7 +310,7 @@ def test_damaged_leaves_are_refused(quantized):
     packed = jaxq.pack(quantized)
     leaf = packed.params["a"]["kernel"]
     with pytest.raises(ValueError, match="not those of 16 codes of 8 bits"):
-        replace(leaf, planes=(leaf.planes[0][:8],)).unpack()
+        replace(leaf, planes=(leaf.planes[0][:7],)).unpack()
     with pytest.raises(TypeError, match="call it outside"):
         jax.jit(jaxq.pack)(quantized)
 
