@@ -36,7 +36,7 @@ def shardings(qparams: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
         the parameter's path.
     """
     params = qparams.params if isinstance(qparams, Quantized) else qparams
-    each = jax.tree.broadcast(specs, params, is_leaf=is_qtensor)
+    each = jax.tree.broadcast(specs, jax.tree.map(lambda _: 0, params, is_leaf=is_qtensor))
 
     def place(keys: tuple[Any, ...], leaf: Any, spec: PartitionSpec) -> Any:
         return _placed(path_name(keys), leaf, spec, mesh)
