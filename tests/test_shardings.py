@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxq
@@ -75,7 +75,7 @@ def test_a_prefix_serves_a_subtree_and_inputs_are_everywhere():
     def forward(p, x):
         return x @ p["a"]["w"] + p["a"]["b"]
 
-    params, x = {"a": {"w": normal(0, 16, 8), "b": normal(1, 8)}}, normal(2, 4, 16)
+    params, x = {"a": {"w": normal(0, 16, 8), "b": normal(1, 1, 8)}}, normal(2, 4, 16)
     q = jaxq.calibrate(forward, params, [x], jaxq.chain(jaxq.os_plus(), jaxq.quantize()))
     found = jaxq.shardings(q, P(), MESH)
     assert jax.tree.structure(found) == jax.tree.structure(q)
@@ -92,7 +92,8 @@ def test_specs_that_flax_keeps_beside_its_parameters():
         def __call__(self, x):
             return self.up(x)
 
-    graph, params = nnx.split(jax.eval_shape(lambda: Model(nnx.Rngs(0))))
+    with use_abstract_mesh(MESH):
+        graph, params = nnx.split(jax.eval_shape(lambda: Model(nnx.Rngs(0))))
     params = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), params)
     x = normal(0, 4, 16)
     q = jaxq.calibrate(lambda p, x: nnx.merge(graph, p)(x), params, [x], jaxq.quantize())
