@@ -73,14 +73,15 @@ def test_what_cannot_be_cut_is_an_error_with_the_path():
 
 def test_a_prefix_serves_a_subtree_and_inputs_are_everywhere():
     def forward(p, x):
-        return x @ p["a"]["w"] + p["a"]["b"]
+        return (x * p["norm"]["scale"] + p["norm"]["bias"]) @ p["w"] + p["b"]
 
-    params, x = {"a": {"w": normal(0, 16, 8), "b": normal(1, 1, 8)}}, normal(2, 4, 16)
+    norm = {"scale": normal(3, 1, 16), "bias": normal(4, 1, 16)}
+    params, x = {"norm": norm, "w": normal(0, 16, 8), "b": normal(1, 1, 8)}, normal(2, 4, 16)
     q = jaxq.calibrate(forward, params, [x], jaxq.chain(jaxq.os_plus(), jaxq.quantize()))
     found = jaxq.shardings(q, P(), MESH)
     assert jax.tree.structure(found) == jax.tree.structure(q)
     assert q.inputs and q.transforms
-    assert {s.spec for s in jax.tree.leaves(found)} == {P(), P(None), P(None, None)}
+    assert not any(any(s.spec) for s in jax.tree.leaves(found))
 
 
 def test_specs_that_flax_keeps_beside_its_parameters():
