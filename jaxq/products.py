@@ -20,10 +20,11 @@ from jaxq.program.views import Convert, View
 from jaxq.qtensor import InputQuant, Packed, PerGroup
 
 
-def multiplies(site: Site, leaf: Packed, quant: InputQuant | None) -> bool:
+def multiplies(eqn: Any, site: Site, leaf: Packed, quant: InputQuant | None) -> bool:
     """Whether a site's product is one of integers with one scale for each row and column: a matrix product whose grids
-    are shared along what it sums over. Others take the decoded weight."""
-    if site.kind != "linear" or site.experts or site.operands.experts:
+    are shared along what it sums over. Others take the decoded weight, and so does one that is told how its result is
+    to be sharded: that is said of its own axes."""
+    if site.kind != "linear" or site.experts or site.operands.experts or eqn.params.get("out_sharding") is not None:
         return False
     grids = jax.tree.leaves(leaf.grid)
     shared = all(a.ndim == leaf.ndim and a.shape[i] == 1 for a in grids for i in site.leaf_axes)

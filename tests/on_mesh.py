@@ -102,6 +102,21 @@ def check_integers(mesh: Mesh) -> None:
         np.testing.assert_array_equal(got, run(packed, x))
 
 
+def check_explicit(mesh: Mesh) -> None:
+    """Where the mesh's axes are part of the types, and the program says how a product is sharded."""
+    mesh, x = Mesh(mesh.devices, mesh.axis_names, (AxisType.Explicit,) * 2), draw(2, 32, 256)
+    data = NamedSharding(mesh, P("data"))
+
+    def told(params, x):
+        return jnp.dot(jax.nn.relu(x @ params["up"]), params["down"], out_sharding=data)
+
+    q = jaxq.calibrate(mlp, MLP, [x], jaxq.quantize(jaxq.Int(4), ASYMMETRIC))
+    for tree in (q, jaxq.pack(q)):
+        want = jax.jit(jaxq.execute(mlp))(tree, x)
+        got = jax.jit(jaxq.execute(told))(place(tree, MLP_SPECS, mesh), jax.device_put(x, data))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
 def check_shard_map(mesh: Mesh) -> None:
     """Each device multiplies its columns of `up` with its rows of `down`: the parts of the sum are added here."""
     x = draw(2, 32, 256)
@@ -163,6 +178,7 @@ def products() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     mesh = grid_of_devices(4, 2)
     check_integers(mesh)
+    check_explicit(mesh)
     check_shard_map(mesh)
     check_kernels(mesh)
 
