@@ -20,6 +20,7 @@ from jaxq.quantizer import (
     per_token,
 )
 from jaxq.search import coarse_to_fine, exhaustive
+from jaxq.shardings import shardings
 from jaxq.sites import SiteRow, Sites, sites
 from jaxq.steps import (
     Exponents,
@@ -80,6 +81,7 @@ __all__ = [
     "post_shifted_fp4",
     "pre_shifted_fp4",
     "quantize",
+    "shardings",
     "sites",
     "skip",
     "smooth_quant",

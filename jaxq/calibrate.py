@@ -39,7 +39,8 @@ def calibrate(
 
     Args:
       forward: `forward(params, *inputs) -> outputs`, any traceable function over any pytree of arrays.
-      params: its parameters; leaves may be host or memory-mapped arrays, each is read when its equation runs.
+      params: its parameters; leaves may be host or memory-mapped arrays, each is read when its equation runs. They and
+        the batches may lie on a mesh, also of several processes, all of which then call this.
       batches: sample inputs, a tuple of inputs each (or the one input itself), all of the same shapes. All of them are
         walked together, microbatch by microbatch.
       recipe: a step, usually `chain(os_plus(), quantize(...))`.
@@ -59,7 +60,7 @@ def calibrate(
         a rule that matches nothing, a site whose statistics cannot be collected. Besides, with `checkpoint`: a file
         there is damaged, or it was made with another program, batches, masks, recipe, `propagate`, parameters or
         activation of its group, or version of jaxq or JAX (of the recipe's functions their code and what they close
-        over are compared, not what they read from their modules).
+        over are compared, not what they read from their modules); or arrays are spread over several processes.
       FoldError: a fold changed the function.
     """
     batches = [b if isinstance(b, (tuple, list)) else (b,) for b in batches]
@@ -71,6 +72,7 @@ def calibrate(
     inputs = graph.inputs[len(program.paths) :]
     envs = [dict(zip(inputs, map(jnp.asarray, jax.tree.leaves(tuple(b))), strict=True)) for b in batches]
     if checkpoint is not None:
+        _check_here(leaves, batches)
         recipe = resumed(recipe, Path(checkpoint), of_calibration(program, batches, masks, propagate, recipe))
     labels, bodies = label(graph, _input_labels(program, envs[0], masks))
     valid = None if masks is None else tuple(jnp.asarray(m).astype(bool) for m in masks)
@@ -108,6 +110,13 @@ def _check(batches: list[Any], masks: Sequence[Any] | None) -> None:
             raise ValueError(f"calibrate: mask {i} has shape {np.shape(mask)}; no input [batch, tokens, ...] has it")
         if not np.asarray(mask).any():
             raise ValueError(f"calibrate: mask {i} marks every token as padding")
+
+
+def _check_here(leaves: dict[str, Any], batches: list[Any]) -> None:
+    """A checkpoint tells arrays by their content, which one process must have."""
+    for name, a in (*leaves.items(), *((f"batch {i}", a) for i, b in enumerate(batches) for a in jax.tree.leaves(b))):
+        if not all(part.is_fully_addressable for part in jax.tree.leaves(a) if isinstance(part, jax.Array)):
+            raise ValueError(f"calibrate: {name} is spread over several processes; checkpoints are for one process's")
 
 
 def _check_patterns(program: Program, recipe: Step) -> None:

@@ -192,7 +192,7 @@ def _contract(eqn: Any, values: list, groups: list[GroupPlan], products: Product
             done = look_up(eqn, leaf, values[1]) if leaf is not None and looks_up(eqn, site, leaf) else None
             continue
         x = values[site.operands.x]
-        if leaf is not None and multiplies(site, leaf, quant):
+        if leaf is not None and multiplies(eqn, site, leaf, quant):
             done = multiply(eqn, site, once(read_input, quant, group, x), leaf, products)
         elif quant is not None:
             values[site.operands.x] = once(apply_input, quant, group, x)

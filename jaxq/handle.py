@@ -133,8 +133,8 @@ _finite_on_device = jax.jit(lambda a: jnp.isfinite(a).all())
 
 
 def _finite(a: Any) -> bool:
-    """Whether all values are finite; on the host by numpy, which has nothing to compile."""
-    on_host = not isinstance(a, jax.Array) or all(d.platform == "cpu" for d in a.devices())
+    """Whether all values are finite; on the host by numpy, which has nothing to compile, if this process has them."""
+    on_host = not isinstance(a, jax.Array) or (a.is_fully_addressable and all(d.platform == "cpu" for d in a.devices()))
     return bool(np.isfinite(np.asarray(a)).all() if on_host else _finite_on_device(a))
 
 

@@ -16,14 +16,15 @@ from jaxq.formats import Float, Int
 from jaxq.kernels import tpu
 from jaxq.kernels.plain import Integers, Products, activation_integers, product, shifted, weight_integers
 from jaxq.program.sites import Site
-from jaxq.program.views import View
+from jaxq.program.views import Convert, View
 from jaxq.qtensor import InputQuant, Packed, PerGroup
 
 
-def multiplies(site: Site, leaf: Packed, quant: InputQuant | None) -> bool:
+def multiplies(eqn: Any, site: Site, leaf: Packed, quant: InputQuant | None) -> bool:
     """Whether a site's product is one of integers with one scale for each row and column: a matrix product whose grids
-    are shared along what it sums over. Others take the decoded weight."""
-    if site.kind != "linear" or site.experts or site.operands.experts:
+    are shared along what it sums over. Others take the decoded weight, and so does one that is told how its result is
+    to be sharded: that is said of its own axes."""
+    if site.kind != "linear" or site.experts or site.operands.experts or eqn.params.get("out_sharding") is not None:
         return False
     grids = jax.tree.leaves(leaf.grid)
     shared = all(a.ndim == leaf.ndim and a.shape[i] == 1 for a in grids for i in site.leaf_axes)
@@ -59,15 +60,16 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
 
     if leaf.exponents is not None:
         rows = shifted(rows, matrix(leaf.exponents).T, leaf.reach)
-    sums = leaf.sums
+    sums = leaf.sums if leaf.local_rows == leaf.rows else None  # a shard's sums are not the whole weight's
     if sums is not None:
         sums = matrix(sums) if all(sums.shape[i] == 1 for i in site.leaf_axes) else None
-    in_place = not views and leaf.columns and leaf.planes[0].ndim == 2 and ops.w_axes == tuple(range(len(leaf.rows)))
+    in_place = all(isinstance(view, Convert) for view in views) and leaf.columns and leaf.planes[0].ndim == 2
+    in_place = in_place and ops.w_axes == tuple(range(len(leaf.rows)))
 
     def plain(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         return product(x, _each(weight_integers(leaf.unpack()), matrix), sums, products, eqn.params["precision"])
 
-    device = tpu.target()
+    device = tpu.target(x.values, leaf.planes[0])
     if device is None or products != "int8" or not in_place or not tpu.has_kernel(rows, leaf.split):
         y = plain(rows, leaf, sums)
     else:

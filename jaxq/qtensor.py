@@ -14,7 +14,7 @@ from jax.export import register_pytree_node_serialization
 
 from jaxq.formats import Float, Format, Int, decode, encode
 from jaxq.formats.floating import power_of_two
-from jaxq.kernels.layout import unpack_codes
+from jaxq.kernels.layout import can_split, plane_rows, unpack_codes, widths
 
 
 @dataclass(frozen=True)
@@ -193,20 +193,30 @@ class Packed:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Under `shard_map` the shape of the shard, hence the first of the columns is counted."""
+        """Under `shard_map` the shape of the shard, hence the first of the rows and of the columns are counted."""
         others = self.columns[1:]
         columns = (self.planes[0].shape[-1] // prod(others), *others) if self.columns else ()
         lead = self.planes[0].shape[: self.planes[0].ndim - 1 - bool(self.columns)]
-        return (*lead, *self.rows, *columns)
+        return (*lead, *self.local_rows, *columns)
 
     @property
     def ndim(self) -> int:
         return len(self.shape)
 
+    @property
+    def local_rows(self) -> tuple[int, ...]:
+        """`rows`, or under `shard_map` what a shard has of them, if it is one of equal shards of whole blocks."""
+        count, bits = prod(self.rows), self.format.bits
+        whole, here = plane_rows(count, widths(bits)[0]), self.planes[0].shape[-2 if self.columns else -1]
+        parts = whole // max(here, 1)
+        if parts < 2 or here * parts != whole or self.rows[0] % parts or not can_split(count, bits, parts):
+            return self.rows
+        return (self.rows[0] // parts, *self.rows[1:])
+
     def unpack(self) -> QTensor:
         """The QTensor that was packed, bit for bit."""
         planes = self.planes if self.columns else tuple(plane[..., None] for plane in self.planes)
-        codes = unpack_codes(planes, self.format.bits, prod(self.rows)).reshape(self.shape)
+        codes = unpack_codes(planes, self.format.bits, prod(self.local_rows)).reshape(self.shape)
         if self.format.code_dtype == jnp.int8:  # two's complement: the sign bit moves to the top and back
             above = 8 - self.format.bits
             codes = jax.lax.bitcast_convert_type(codes << above if above else codes, jnp.int8)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -310,44 +306,6 @@ def test_damaged_leaves_are_refused(quantized):
     packed = jaxq.pack(quantized)
     leaf = packed.params["a"]["kernel"]
     with pytest.raises(ValueError, match="not those of 16 codes of 8 bits"):
-        replace(leaf, planes=(leaf.planes[0][:8],)).unpack()
+        replace(leaf, planes=(leaf.planes[0][:7],)).unpack()
     with pytest.raises(TypeError, match="call it outside"):
         jax.jit(jaxq.pack)(quantized)
-
-
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
-import jaxq
-from tests.zoo.specimen import normal, weight
-
-def mlp(p, x):
-    return jax.nn.relu(x @ p["up"]) @ p["down"]
-
-params, x = {"up": weight(0, 256, 64), "down": weight(1, 64, 32)}, normal(2, 16, 256)
-mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-columns = lambda a: NamedSharding(mesh, P(None, "model") if a.ndim == 2 and a.shape[1] > 1 else P())
-int8, e2m1 = jaxq.Int(8, symmetric=False), jaxq.Float(2, 1)
-for weights, inputs in [(jaxq.Int(8), int8), (e2m1, e2m1), (jaxq.Int(3), None)]:
-    q = jaxq.calibrate(mlp, params, [x], jaxq.quantize(weights, inputs))
-    run = jax.jit(jaxq.execute(mlp))
-    for tree in (q, jaxq.pack(q)):
-        want = run(tree, x)
-        leaves = jax.tree.map(lambda a: jax.device_put(a, columns(a)), tree.params)
-        held = jaxq.Quantized(leaves, jax.device_put(tree.inputs, NamedSharding(mesh, P())))
-        got = run(held, jax.device_put(x, NamedSharding(mesh, P("data"))))
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-        assert len(got.sharding.device_set) == 8
-print("same on 8 devices")
-"""
-
-
-@pytest.mark.slow
-def test_sharded_over_eight_devices():
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    root = Path(__file__).parents[1]
-    env["PYTHONPATH"] = os.pathsep.join([str(root), env.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=env, cwd=root, capture_output=True, text=True, timeout=300
-    )
-    assert "same on 8 devices" in done.stdout, done.stderr

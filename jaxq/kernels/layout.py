@@ -49,6 +49,11 @@ def plane_rows(k: int, width: int) -> int:
     return k // BLOCK * BLOCK // parts + -(-(k % BLOCK) // parts)
 
 
+def can_split(k: int, bits: int, parts: int) -> bool:
+    """Whether each plane of `k` codes, cut into equal parts, gives the planes of `k / parts` codes each."""
+    return k % parts == 0 and (parts == 1 or bits == 8 or k // parts % BLOCK == 0)
+
+
 def pack_codes(codes: jax.Array, bits: int) -> tuple[jax.Array, ...]:
     """The planes of `codes`, uint8 [..., K, N] with values below `2**bits`: see the table above."""
     planes, below = [], 0

@@ -96,7 +96,7 @@ def packed_matmul(
         grid=(-(-m // bm), -(-n // bn)),
         in_specs=[{name: specs[name] for name in given}],
         out_specs=pl.BlockSpec((bm, bn), lambda i, j: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((m, n), dtype),
+        out_shape=jax.eval_shape(partial(plain_packed_matmul, carrier=carrier, dtype=dtype), operands),  # with its mesh
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM),
         cost_estimate=pl.CostEstimate(flops=2 * m * k * n, transcendentals=0, bytes_accessed=moved),
         name="jaxq_packed_matmul",

@@ -46,9 +46,15 @@ def _e4m3(device_kind: str) -> Any:
     return E4M3[device_kind]
 
 
-def target() -> str | None:
-    """The kind of TPU that a program is traced for, if there are kernels for it."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.devices()[0]
+def target(*operands: jax.Array) -> str | None:
+    """The kind of TPU that a program is traced for, if there are kernels for it and they can have these operands.
+
+    XLA partitions no kernels: arrays on a mesh of several devices are theirs only inside `shard_map`.
+    """
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(a).sharding.mesh for a in operands)]
+    if any(mesh.shape[name] > 1 for mesh in meshes for name in {*mesh.axis_names} - {*mesh.manual_axes}):
+        return None
+    device = getattr(meshes[0], "abstract_device", None) or jax.devices()[0]
     return device.device_kind if device.device_kind in E4M3 else None
 
 

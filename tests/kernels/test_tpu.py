@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Sharding, SingleDeviceSharding, use_abstract_mesh
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    NamedSharding,
+    Sharding,
+    SingleDeviceSharding,
+    use_abstract_mesh,
+)
+from jax.sharding import PartitionSpec as P
 
 import jaxq
 from jaxq.formats import Float, Int
@@ -84,6 +93,11 @@ RECIPES = {
 }
 
 
+def one_device(kind: str | None) -> AbstractMesh:
+    device = None if kind is None else AbstractDevice(kind, None, "tpu")
+    return AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=device)
+
+
 def lowered(
     recipe, x: jax.Array, products="int8", kind: str | None = "TPU v6 lite", on: Sharding | None = None
 ) -> jax.stages.Lowered:
@@ -94,8 +108,7 @@ def lowered(
 
     tree = jaxq.pack(jaxq.calibrate(forward, {"w": W.astype(x.dtype)}, [x], recipe))
     given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on), (tree, x))
-    device = None if kind is None else AbstractDevice(kind, None, "tpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=device)):
+    with use_abstract_mesh(one_device(kind)):
         return jax.jit(jaxq.execute(forward, products)).trace(*given).lower(lowering_platforms=("tpu",))
 
 
@@ -117,6 +130,44 @@ def test_execute_compiles_for_tpus(name, topology, monkeypatch):
     program = lowered(recipe, X.astype(dtype), kind=device.device_kind, on=SingleDeviceSharding(device)).compile()
     assert "jaxq_packed_matmul" in program.as_text()
     assert program.memory_analysis().temp_size_in_bytes < 2 * W.size
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_on_a_mesh_kernels_run_inside_shard_map(name):
+    """XLA cannot partition a kernel: where it divides the work itself, it also multiplies."""
+
+    def forward(p, x):
+        return x @ p["w"]
+
+    recipe, dtype = RECIPES[name]
+    x = X[:4].astype(dtype)
+    tree = jaxq.pack(jaxq.calibrate(forward, {"w": W.astype(dtype)}, [x], recipe))
+    mesh = AbstractMesh(
+        (2, 2), ("data", "model"), (AxisType.Auto,) * 2, abstract_device=AbstractDevice("TPU v6 lite", None, "tpu")
+    )
+    held = jaxq.shardings(tree, {"w": P(None, "model")}, mesh)
+    specs = jax.tree.map(lambda s: s.spec, held)
+    parts = jax.shard_map(jaxq.execute(forward), mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data", "model"))
+
+    def program(run, *at) -> str:
+        given = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), (tree, x), at)
+        with use_abstract_mesh(mesh):
+            return jax.jit(run).trace(*given).lower(lowering_platforms=("tpu",)).as_text()
+
+    data = NamedSharding(mesh, P("data"))
+    assert "jaxq_packed_matmul" in program(parts, held, data)
+    assert "jaxq_packed_matmul" not in program(jaxq.execute(forward), held, data)
+
+
+def test_a_cast_of_the_weight_keeps_its_kernel():
+    def forward(p, x):
+        return x @ p["w"].astype(x.dtype)
+
+    x = X.astype(jnp.bfloat16)
+    tree = jaxq.pack(jaxq.calibrate(forward, {"w": W}, [x], jaxq.quantize(Int(4), None)))
+    with use_abstract_mesh(one_device("TPU v6 lite")):
+        program = jax.jit(jaxq.execute(forward)).trace(tree, x).lower(lowering_platforms=("tpu",))
+    assert "jaxq_packed_matmul" in program.as_text()
 
 
 def test_execute_has_no_kernel_run_elsewhere():
