@@ -135,7 +135,7 @@ def _module(config: Mapping[str, Any], source: str) -> Callable[[nnx.Rngs], nnx.
     if family is None:
         raise ValueError(
             f"{source}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}. "
-            'Any other model can be quantized as a function of its parameters: "Your own model" in README.md'
+            "Any other model can be quantized as a function of its parameters: see docs/own_model.md"
         )
     return lambda rngs: family.network(dict(config), rngs=rngs)
 
