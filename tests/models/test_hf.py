@@ -155,7 +155,7 @@ class TestBadInput:
 
     def test_unsupported_architecture(self, opt):
         edit_config(opt, model_type="mamba")
-        self.check(opt, ValueError, "mamba", "opt, llama, mistral, qwen2, qwen3, bloom, bert", "Your own model")
+        self.check(opt, ValueError, "mamba", "opt, llama, mistral, qwen2, qwen3, bloom, bert", "docs/own_model.md")
 
     def test_incomplete_config(self, opt):
         config = json.loads((opt / "config.json").read_text())
