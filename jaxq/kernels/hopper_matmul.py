@@ -6,12 +6,13 @@ with c the expansions of the weight's codes (`jaxq.kernels.expansion`) and group
 
 **It has never run on a GPU.** It is compiled ahead of time for the H200 (`experiments/gpu_compiled.py`), its pipeline
 and arithmetic are run in Pallas' interpreter, and the layouts of its registers are compared with those that Mosaic
-declares; whether the machine agrees is not known. So nothing uses it unless asked to: `execute(forward, "experimental")`.
+declares; whether the machine agrees is not known. So nothing uses it unless it is asked for, by
+`execute(forward, "experimental")`.
 
 The weight is the left operand of the tensor cores, transposed: 4-bit codes come from device memory through shared
 memory to registers, where they are expanded and multiplied; nothing of the size of the weight is written anywhere, and
-few tokens pad to 8, not to 64. One warpgroup copies, some steps ahead; one or two multiply, 128 columns each. Where tokens are
-few, K is split over several blocks, whose float32 sums are added afterwards.
+few tokens pad to 8, not to 64. One warpgroup copies, some steps ahead; one or two multiply, 128 columns each. Where
+tokens are few, K is split over several blocks, whose float32 sums are added afterwards.
 
 8-bit weights have no kernel here: XLA multiplies int8 with int8 on its tensor cores as they are stored, and Mosaic GPU
 takes 8-bit operands from shared memory only where K is contiguous, which in `jaxq.kernels.layout` N is.
@@ -73,13 +74,10 @@ def hopper_matmul(
     rows, warpgroups, splits = tiles(m, k, n, groups)
     x = jnp.pad(x, ((0, -m % rows), (0, 0)))
     steps = k // STEP // splits
-    stage = DEPTH * COLUMNS * warpgroups + 2 * rows * DEPTH * x.dtype.itemsize
-    out = jax.ShapeDtypeStruct((splits, x.shape[0], n), dtype if splits == 1 else jnp.float32)
+    stages = SHARED // (DEPTH * COLUMNS * warpgroups + 2 * rows * DEPTH * x.dtype.itemsize)
     y = plgpu.kernel(
-        partial(
-            _kernel, expansion=expansion, tile=(rows, warpgroups), steps=steps, stages=max(2, min(8, SHARED // stage))
-        ),
-        out_type=out,
+        partial(_kernel, expansion=expansion, tile=(rows, warpgroups), steps=steps, stages=min(8, stages)),
+        out_type=jax.ShapeDtypeStruct((splits, x.shape[0], n), dtype if splits == 1 else jnp.float32),
         grid=(x.shape[0] // rows, n // COLUMNS // warpgroups, splits),
         grid_names=("m", "n", "split"),
         num_threads=warpgroups + 1,
@@ -125,9 +123,8 @@ def _kernel(
 
     def halves(w_part: Any) -> list[jax.Array]:
         """The weight's channels of a step, bfloat16 [128, 64]: of the low nibbles, and of the high ones."""
-        words = registers.pairs(
-            plgpu.load(w_part, (slice(None), pl.ds(mine * COLUMNS, COLUMNS)), layout=registers.BYTES)
-        )
+        packed = plgpu.layout_cast(w_part[:, pl.ds(mine * COLUMNS, COLUMNS)], registers.BYTES)
+        words = registers.pairs(packed)
         bits = [registers.fragments(expansion.bits(words, half), expansion.bits(words, 2 + half)) for half in (0, 1)]
         return [expansion.finish(part) for part in bits]
 
