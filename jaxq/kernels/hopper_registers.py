@@ -50,7 +50,7 @@ def pairs(packed: jax.Array) -> jax.Array:
         for g, (low, high) in enumerate(rows):
             low, high = utils.bitcast(low, word), utils.bitcast(high, word)
             for a, bytes_ in enumerate((0x5410, 0x7632)):
-                found[a, g] = _vector(utils.prmt(high, low, utils.c(bytes_, word)), word, 1)
+                found[a, g] = _vector(utils.prmt(low, high, utils.c(bytes_, word)), word, 1)
         return _array(found, (DEPTH, DEPTH // 2), PAIRS, signed=True)
 
     return moved(packed)
