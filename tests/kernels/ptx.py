@@ -33,12 +33,14 @@ class Tiled:
     matrix: np.ndarray
     box: tuple[int, int]
 
-    def copy(self, row: int, column: int) -> np.ndarray:
-        """The bytes of the box at a tile, [rows, columns, 8, 128]."""
+    def copy(self, at: list[int]) -> np.ndarray:
+        """The bytes of the box at a tile, [rows, columns, 8, 128]; an axis with one tile only is left out of `at`."""
         height, width = self.matrix.shape[0] // 8, self.matrix.view(np.uint8).shape[1] // 128
         tiles = self.matrix.view(np.uint8).reshape(height, 8, width, 128).swapaxes(1, 2)
+        left = list(at)
+        row, column = (left.pop(0) if n > 1 else 0 for n in (height, width))
         found = tiles[row : row + self.box[0], column : column + self.box[1]]
-        assert found.shape[:2] == self.box, f"a copy out of bounds, at {row, column}"
+        assert not left and found.shape[:2] == self.box, f"a copy out of bounds, at {at}"
         return found
 
 
@@ -233,6 +235,10 @@ class Warpgroup:
         if "wide" in parts:
             wide = {np.int32: np.int64, np.uint32: np.uint64}[kind]
             return self.get(ops[1], kind).astype(wide) * self.get(ops[2], kind).astype(wide)
+        if parts[0] == "shf":
+            low, high, by = (self.get(op, np.uint32).astype(np.uint64) for op in ops[1:])
+            both = high << np.uint64(32) | low
+            return (both >> by if parts[1] == "r" else both << by >> np.uint64(32)).astype(np.uint32)
         if parts[0] == "not":
             return ~self.get(ops[1], kind)
         return BINARY[parts[0]](self.get(ops[1], kind), self.get(ops[2], kind))
@@ -262,9 +268,8 @@ class Warpgroup:
         assert active.sum() == 1
         (thread,) = np.flatnonzero(active)
         to, tensor, *at, barrier = (int(self.get(op, np.uint64)[thread]) for op in ops)
-        inner, row, column, tile = (*at, 0)[:4]  # where there is only one row of tiles it is left out
-        assert inner == row == 0
-        box = self.block.maps[(tensor - BUFFER * 2**16) // 128].copy(tile, column)
+        assert at[:2] == [0, 0], "whole tiles"
+        box = self.block.maps[(tensor - BUFFER * 2**16) // 128].copy(at[:1:-1])
         at = swizzled(to + np.arange(box.size))
         self.block.shared[at] = box.ravel()
         self.block.barriers[barrier].move(expected=-box.size)
