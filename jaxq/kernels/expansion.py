@@ -15,11 +15,13 @@ Unlike the 8-bit carriers of `jaxq.kernels.carrier` these are what every matrix 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import jax
 import jax.numpy as jnp
 
-from jaxq.formats import Float, Int
+from jaxq.formats import Float, Int, decode
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Expansion:
     def bits(self, words: jax.Array, nibble: int) -> jax.Array:
         """The bits of two bfloat16, of the codes in a nibble, 0 to 3, of both halves of int32 words of any shape."""
         moved = [_left(words, shift - 4 * nibble) & _both(mask << shift) for mask, shift in self.fields]
-        bits = sum(moved[1:], moved[0]) if len(moved) == 1 else moved[0] | moved[1]
+        bits = reduce(or_, moved)
         return bits ^ _both(self.flip) if self.flip else bits
 
     def finish(self, numbers: jax.Array) -> jax.Array:
@@ -64,6 +66,13 @@ def expansion(fmt: Int | Float) -> Expansion:
         rest = (7, 7 - fmt.mantissa_bits)
         return Expansion(((8, 12), rest), factor=2.0**126, unit=2.0 ** (fmt.bias - 1))
     raise ValueError(f"{fmt} is not a format of 4 bits; `jaxq.kernels.plain` multiplies any")
+
+
+def code_values(fmt: Int | Float, codes: jax.Array) -> jax.Array:
+    """The plain meaning: what codes, uint8 of any shape with values below 16, stand for at scale 1, float32."""
+    if isinstance(fmt, Float):
+        return decode(fmt, codes, jnp.ones((1,) * codes.ndim))
+    return (codes ^ jnp.uint8(8 * fmt.symmetric)).astype(jnp.float32) - 8
 
 
 def _left(words: jax.Array, shift: int) -> jax.Array:

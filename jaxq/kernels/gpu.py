@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -27,7 +25,7 @@ def has_kernel(x: Integers, fmt: Format | None, columns: int) -> bool:
     return x.values.shape[1] % 256 == 0 and columns % 128 == 0
 
 
-def packed_product(x: Integers, codes: jax.Array, w: Integers, fmt: Int | Float, interpret: Any = None) -> jax.Array:
+def packed_product(x: Integers, codes: jax.Array, w: Integers, fmt: Int | Float) -> jax.Array:
     """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by the kernel: y [M, N], float32.
 
     The codes of an asymmetric integer are multiplied less 8, and its center after that: x (W + b) = x W + b sum(x).
@@ -37,15 +35,11 @@ def packed_product(x: Integers, codes: jax.Array, w: Integers, fmt: Int | Float,
       codes: of the weights, packed: uint8 [K/2, N].
       w: scale and center of its integers; their values are not used.
       fmt: of the codes.
-      interpret: the parameters of Pallas' GPU interpreter.
     """
-    # Imported where it is used, because not every jaxlib comes with Mosaic GPU.
-    from jaxq.kernels.expansion import expansion
-    from jaxq.kernels.hopper_matmul import hopper_matmul
+    from jaxq.kernels.hopper_matmul import hopper_matmul  # not above: not every jaxlib comes with Mosaic GPU
 
     scale = jnp.broadcast_to(jnp.float32(1) if w.scale is None else w.scale, (1, codes.shape[1]))
-    steps = jnp.float32(2.0**fmt.mantissa_bits if isinstance(fmt, Float) else 1)  # of a float, in its smallest normal
-    y = hopper_matmul(x.values, codes, scale * steps, expansion(fmt), interpret=interpret)
-    if w.center is None:
-        return y
-    return y + x.values.sum(1, keepdims=True, dtype=jnp.float32) * (w.center * scale)
+    if isinstance(fmt, Float):
+        scale = scale * jnp.float32(2.0 ** (fmt.bias - 1 + fmt.mantissa_bits))  # of elements, not of their units
+    y = hopper_matmul(x.values, codes, scale, fmt)
+    return y if w.center is None else y + x.values.sum(1, keepdims=True, dtype=jnp.float32) * (w.center * scale)

@@ -2,12 +2,13 @@
 
     y[m, n] = sum_g scale[g, n] * sum_{k in g} x[m, k] c[k, n]
 
-with c the expansions of the weight's codes (`jaxq.kernels.expansion`) and groups g of 128 channels, or more, or all.
+with c what the weight's codes stand for (an asymmetric integer's: the code less 8), and groups g of 128 channels, or
+more, or all.
 
-**It has never run on a GPU.** It is compiled ahead of time for the H200 (`experiments/gpu_compiled.py`), its pipeline
-and arithmetic are run in Pallas' interpreter, and the layouts of its registers are compared with those that Mosaic
-declares; whether the machine agrees is not known. So nothing uses it unless it is asked for, by
-`execute(forward, "experimental")`.
+**It has never run on a GPU.** It is compiled ahead of time for the H200 (`experiments/gpu_compiled.py`), and what the
+compiler made of it, its PTX, is run in numpy, instruction by instruction, and gives the product exactly
+(`tests/kernels/ptx.py`). Timing and the order of what is asynchronous are not checked by that. So nothing uses it
+unless it is asked for, by `execute(forward, "experimental")`.
 
 The weight is the left operand of the tensor cores, transposed: 4-bit codes come from device memory through shared
 memory to registers, where they are expanded and multiplied; nothing of the size of the weight is written anywhere, and
@@ -29,8 +30,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxq.formats import Float, Int
 from jaxq.kernels import hopper_registers as registers
-from jaxq.kernels.expansion import Expansion
+from jaxq.kernels.expansion import Expansion, code_values, expansion
 from jaxq.kernels.hopper_registers import COLUMNS, DEPTH
 from jaxq.kernels.layout import BLOCK, unpack_codes
 
@@ -44,10 +46,9 @@ def hopper_matmul(
     x: jax.Array,
     w: jax.Array,
     scale: jax.Array,
-    expansion: Expansion,
+    fmt: Int | Float,
     *,
     dtype: Any = jnp.float32,
-    interpret: Any = None,
 ) -> jax.Array:
     """The product above as one kernel. `plain_hopper_matmul` is its meaning, but for the order of summation.
 
@@ -55,15 +56,14 @@ def hopper_matmul(
         x: [M, K] bfloat16.
         w: packed 4-bit codes, uint8 [K/2, N], as in `jaxq.kernels.layout`.
         scale: [G, N] float32.
-        expansion: what the codes become.
+        fmt: of the codes, of 4 bits.
         dtype: of the result.
-        interpret: the parameters of Pallas' GPU interpreter.
 
     Returns:
         [M, N].
 
     Raises:
-        ValueError: the shapes do not fit each other or the kernel: see `fits`.
+        ValueError: the shapes do not fit each other or the kernel: see `fits`; or the format is not of 4 bits.
     """
     (m, k), n, groups = x.shape, w.shape[1], scale.shape[0]
     if 2 * w.shape[0] != k or scale.shape[1] != n or not fits(k, n, groups):
@@ -71,20 +71,20 @@ def hopper_matmul(
             f"x {x.shape}, packed weights {w.shape}, scales {scale.shape}: the kernel takes x [M, K], weights [K/2, N] "
             "and scales [G, N], K in blocks of 256, groups in multiples of 128 and N in multiples of 128"
         )
+    made = expansion(fmt)
     rows, warpgroups, splits = tiles(m, k, n, groups)
     x = jnp.pad(x, ((0, -m % rows), (0, 0)))
     steps = k // STEP // splits
     stages = SHARED // (DEPTH * COLUMNS * warpgroups + 2 * rows * DEPTH * x.dtype.itemsize)
     y = plgpu.kernel(
-        partial(_kernel, expansion=expansion, tile=(rows, warpgroups), steps=steps, stages=min(8, stages)),
+        partial(_kernel, expansion=made, tile=(rows, warpgroups), steps=steps, stages=min(8, stages)),
         out_type=jax.ShapeDtypeStruct((splits, x.shape[0], n), dtype if splits == 1 else jnp.float32),
         grid=(x.shape[0] // rows, n // COLUMNS // warpgroups, splits),
         grid_names=("m", "n", "split"),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="jaxq_hopper_matmul",
-        interpret=interpret,
-    )(x, w, scale)
+    )(x, w, scale / jnp.float32(made.unit))
     return (y[0] if splits == 1 else y.sum(0).astype(dtype))[:m]
 
 
@@ -188,12 +188,9 @@ def _spec(block: tuple[int, int], index: Any) -> plgpu.BlockSpec:
 
 
 def plain_hopper_matmul(
-    x: jax.Array, w: jax.Array, scale: jax.Array, expansion: Expansion, *, dtype: Any = jnp.float32
+    x: jax.Array, w: jax.Array, scale: jax.Array, fmt: Int | Float, *, dtype: Any = jnp.float32
 ) -> jax.Array:
     """What `hopper_matmul` means, in plain jnp, for any K and N and any size of groups that divides K."""
-    groups = scale.shape[0]
-    codes = unpack_codes((w,), 4, x.shape[1]).astype(jnp.int32)
-    halves = lax.bitcast_convert_type(expansion.bits(codes, 0), jnp.bfloat16)[..., 0]
-    numbers = expansion.finish(halves).astype(jnp.float32).reshape(groups, -1, w.shape[1])
-    a = x.astype(jnp.float32).reshape(x.shape[0], groups, -1)
-    return jnp.einsum("mgk,gkn,gn->mn", a, numbers, scale, precision="highest").astype(dtype)
+    values = code_values(fmt, unpack_codes((w,), 4, x.shape[1])).reshape(scale.shape[0], -1, w.shape[1])
+    a = x.astype(jnp.float32).reshape(x.shape[0], scale.shape[0], -1)
+    return jnp.einsum("mgk,gkn,gn->mn", a, values, scale, precision="highest").astype(dtype)

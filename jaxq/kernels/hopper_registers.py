@@ -13,7 +13,7 @@ So row 64 a + 16 w + 8 b + q of a fragment is column n = 32 w + 4 q + 2 a + b of
 that its fragments are made from: nothing is exchanged between lanes. A pair's low half is the byte of row h = 0 and its
 high half that of h = 1, so that a nibble of each is a pair of successive channels of one column.
 
-The three functions move registers and compute nothing. `plain_*` are their meanings as arrays.
+The three functions move registers and compute nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PAIRS = plgpu.Layout.TILED(plgpu.Tiling(((32, 4), (8, 4), (1,))), warp_dims=(-5,
 FRAGMENTS = plgpu.Layout.WGMMA
 
 
-def pairs(packed: jax.Array) -> jax.Array:
+def pairs(packed: jax.Array) -> Any:
     """Packed bytes, uint8 [64, 128], as pairs, int32 [64, 32]."""
 
     @plgpu.inline_mgpu(
@@ -56,14 +56,7 @@ def pairs(packed: jax.Array) -> jax.Array:
     return moved(packed)
 
 
-def plain_pairs(packed: jax.Array) -> jax.Array:
-    """What `pairs` means."""
-    bytes_ = packed.reshape(8, 4, 2, 4, 8, 2, 2)  # g t h w q a b
-    bytes_ = bytes_.transpose(5, 3, 4, 0, 1, 2, 6)  # a w q g t h b
-    return jax.lax.bitcast_convert_type(bytes_.reshape(DEPTH, DEPTH // 2, 4), jnp.int32)
-
-
-def fragments(first: jax.Array, second: jax.Array) -> jax.Array:
+def fragments(first: jax.Array, second: jax.Array) -> Any:
     """Two bfloat16 in each word of the pairs, int32 [64, 32], of the bytes b = 0 and 1: as bfloat16 [128, 64]."""
 
     @plgpu.inline_mgpu(
@@ -77,14 +70,7 @@ def fragments(first: jax.Array, second: jax.Array) -> jax.Array:
     return moved(first, second)
 
 
-def plain_fragments(first: jax.Array, second: jax.Array) -> jax.Array:
-    """What `fragments` means."""
-    words = jnp.stack([first, second]).reshape(2, 2, 4, 8, DEPTH // 2)  # b a w q, and the column
-    halves = jax.lax.bitcast_convert_type(words.transpose(1, 2, 0, 3, 4), jnp.bfloat16)
-    return halves.reshape(COLUMNS, DEPTH)
-
-
-def result(sums: jax.Array) -> jax.Array:
+def result(sums: jax.Array) -> Any:
     """What fragments were multiplied to, float32 [128, rows], as [rows, 128] in the order of the weight's columns."""
     rows = sums.shape[1]
 
@@ -100,12 +86,6 @@ def result(sums: jax.Array) -> jax.Array:
         return _array(found, (rows, COLUMNS), BYTES)
 
     return moved(sums)
-
-
-def plain_result(sums: jax.Array) -> jax.Array:
-    """What `result` means."""
-    parts = sums.reshape(2, 4, 2, 8, -1).transpose(4, 1, 3, 0, 2)  # a w b q rows: rows w q a b
-    return parts.reshape(-1, COLUMNS)
 
 
 def _array(registers: np.ndarray, shape: tuple[int, int], layout: Any, signed: bool | None = None) -> Any:

@@ -15,7 +15,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-LANES, BUFFER = 128, 1 << 32  # threads of a warpgroup, worked on at once; where the n-th buffer begins: (n + 1) * BUFFER
+LANES, BUFFER = (
+    128,
+    1 << 32,
+)  # threads of a warpgroup, worked on at once; where the n-th buffer begins: (n + 1) * BUFFER
 THREAD = np.arange(LANES)
 T, Q, WARP = THREAD % 4, THREAD // 4 % 8, THREAD // 32
 TYPES = {"u32": np.uint32, "s32": np.int32, "b32": np.uint32, "u64": np.uint64, "s64": np.int64, "b64": np.uint64}

@@ -5,21 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq.formats import Float, Int, decode
-from jaxq.kernels.expansion import expansion
+from jaxq.formats import Float, Int
+from jaxq.kernels.expansion import code_values, expansion
 
-FORMATS = [Int(4), Int(4, symmetric=False), Float(2, 1), Float(1, 2), Float(3, 0)]
-
-
-def values(fmt: Int | Float, codes: np.ndarray) -> np.ndarray:
-    """What 4-bit codes stand for at scale 1, an asymmetric integer's zero point being 8; float64."""
-    if isinstance(fmt, Int):
-        return ((codes.astype(int) ^ 8) - 8 if fmt.symmetric else codes.astype(int) - 8).astype(float)
-    return np.asarray(decode(fmt, jnp.asarray(codes), jnp.ones((1, 1))), float)
+VALUES = {  # of the codes 0 to 7, and then of 8 to 15
+    Int(4): [*range(8), *range(-8, 0)],
+    Int(4, symmetric=False): [*range(-8, 8)],
+    Float(2, 1): [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6],
+    Float(1, 2): [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 0, -0.5, -1, -1.5, -2, -2.5, -3, -3.5],
+    Float(3, 0): [0, 0.25, 0.5, 1, 2, 4, 8, 16, 0, -0.25, -0.5, -1, -2, -4, -8, -16],
+}
 
 
 @pytest.mark.parametrize("nibble", range(4))
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", VALUES, ids=str)
 def test_all_codes_in_all_places(fmt, nibble):
     """Subnormal numbers are flushed to zero by XLA on CPU, not by a GPU: the factor is applied in numpy."""
     low, high = (a.ravel() for a in np.meshgrid(np.arange(16), np.arange(16)))
@@ -32,8 +31,13 @@ def test_all_codes_in_all_places(fmt, nibble):
     for codes, half in ((low, bits & 0xFFFF), (high, bits >> 16)):
         numbers = (half.astype(np.uint32) << 16).view(np.float32).astype(float)
         found = (numbers - e.less) * e.factor
-        assert np.array_equal(found / e.unit, values(fmt, codes.astype(np.uint8)[:, None])[:, 0])
+        assert np.array_equal(found / e.unit, np.array(VALUES[fmt])[codes])
         assert np.array_equal(found, found.astype(jnp.bfloat16).astype(float)), "bfloat16 holds it"
+
+
+@pytest.mark.parametrize("fmt", VALUES, ids=str)
+def test_plain_meaning(fmt):
+    assert np.array_equal(code_values(fmt, jnp.arange(16, dtype=jnp.uint8)), np.array(VALUES[fmt]))
 
 
 def test_other_formats_have_none():
