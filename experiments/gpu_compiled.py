@@ -1,15 +1,16 @@
 """What the GPU's compilers make of the Hopper kernel, on a machine without a GPU: a table of formats and shapes.
 
     pip install "jaxq[gpu-aot]"
-    python experiments/gpu_compiled.py [--rows 1 16 256] [--kernels e2m1 ...] [--shapes 4096x4096 ...] [--plain] [--json]
+    python experiments/gpu_compiled.py [--rows 1 16] [--kernels e2m1 ...] [--shapes 4096x4096 ...] [--plain] [--json]
 
 Each kernel is compiled ahead of time for an H200, all the way to machine code, for a product of [rows, K] with [K, N].
-Columns: `tile`, rows and warpgroups of a block, and parts that K is cut into; `temporary`, bytes of device memory beside
-arguments and result (sums of the parts, and x padded); `weight`, bytes of the weight in bfloat16, for comparison;
-`wgmma`, matrix instructions of one step in PTX, and `hgmma` in machine code (SASS); `registers` at launch, `spilled`
-bytes; `serialized`, whether ptxas warns that it waits for each matrix instruction; `alu`, machine instructions of one
-step that expand codes (LOP3, SHF, PRMT, IMAD, HMUL2 and HFMA2) for each code, of 128 lanes; `plain`, with --plain, the
-temporary bytes of what XLA makes of the plain meaning. Nothing here is a measured time.
+Columns: `tile`, rows and warpgroups of a block, and parts that K is cut into; `temporary`, bytes of device memory
+beside arguments and result (sums of the parts, and x padded); `weight`, bytes of the weight in bfloat16, for
+comparison; `wgmma`, matrix instructions of one step in PTX, and `hgmma` in machine code (SASS); `registers` at launch;
+`spilled`, bytes; `serialized`, whether ptxas warns that it waits for each matrix instruction; `alu`, machine
+instructions of the kinds that expand codes (LOP3, SHF, PRMT, IMAD, HMUL2, HFMA2), all of the program's, for each code of
+a step; `plain`, with --plain, the temporary bytes of what XLA makes of the plain meaning. Nothing here is a measured
+time.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def _kernel(
                 plgpu.wgmma(sums, part, plgpu.transpose_ref(x_part, (1, 0)))  # noqa: B023 - called at once
                 return sums[...]
 
-            sums = pl.run_scoped(multiplied, plgpu.ACC((COLUMNS, rows), jnp.float32))
+            sums = pl.run_scoped(multiplied, plgpu.WGMMAAccumulatorRef((COLUMNS, rows), jnp.float32))
             total = total + scaled(sums, (2 * block + half) * HALF // size)
         return total
 
@@ -158,7 +158,7 @@ def _kernel(
             run(sums)
             store(scaled(sums[...], 0))
 
-        pl.run_scoped(channelwise, plgpu.ACC((COLUMNS, rows), jnp.float32))
+        pl.run_scoped(channelwise, plgpu.WGMMAAccumulatorRef((COLUMNS, rows), jnp.float32))
 
     def nibble(half: int) -> plgpu.BlockSpec:
         """The channels of x that go with the low or the high nibbles of a step."""
@@ -169,8 +169,9 @@ def _kernel(
 
         return _spec((rows, DEPTH), index)
 
+    body: Any = all_at_once if groups == 1 else by_groups
     plgpu.emit_pipeline_warp_specialized(
-        all_at_once if groups == 1 else by_groups,
+        body,
         grid=(steps,),
         memory_registers=40,
         in_specs=[_spec((DEPTH, COLUMNS * warpgroups), lambda t: (split * steps + t, j)), nibble(0), nibble(1)],

@@ -18,6 +18,7 @@ The three functions move registers and compute nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,65 +38,61 @@ PAIRS = plgpu.Layout.TILED(plgpu.Tiling(((32, 4), (8, 4), (1,))), warp_dims=(-5,
 FRAGMENTS = plgpu.Layout.WGMMA
 
 
-def pairs(packed: jax.Array) -> Any:
+def pairs(packed: jax.Array) -> jax.Array:
     """Packed bytes, uint8 [64, 128], as pairs, int32 [64, 32]."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(BYTES,), return_type=plgpu.ShapeDtypeStruct((DEPTH, DEPTH // 2), jnp.int32, layout=PAIRS)
-    )
-    def moved(ctx: Any, packed: Any) -> Any:
+    def move(packed: np.ndarray) -> np.ndarray:
         word = ir.IntegerType.get_signless(32)
-        rows = packed.registers.reshape(DEPTH // 8, 2)  # [g, h]
         found = np.empty((2, DEPTH // 8), object)  # [a, g]
-        for g, (low, high) in enumerate(rows):
-            low, high = utils.bitcast(low, word), utils.bitcast(high, word)
-            for a, bytes_ in enumerate((0x5410, 0x7632)):
-                found[a, g] = _vector(utils.prmt(low, high, utils.c(bytes_, word)), word, 1)
-        return _array(found, (DEPTH, DEPTH // 2), PAIRS, signed=True)
+        for g, rows in enumerate(packed.reshape(DEPTH // 8, 2)):  # [g, h]
+            first, second = (utils.bitcast(row, word) for row in rows)
+            for a, bytes_ in enumerate((0x5410, 0x7632)):  # 0 to 3 are the first's, 4 to 7 the second's
+                found[a, g] = _vector(utils.prmt(first, second, utils.c(bytes_, word)), word, 1)
+        return found
 
-    return moved(packed)
+    return _moved(move, [packed], BYTES, (DEPTH, DEPTH // 2), jnp.int32, PAIRS)
 
 
-def fragments(first: jax.Array, second: jax.Array) -> Any:
+def fragments(first: jax.Array, second: jax.Array) -> jax.Array:
     """Two bfloat16 in each word of the pairs, int32 [64, 32], of the bytes b = 0 and 1: as bfloat16 [128, 64]."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(PAIRS, PAIRS), return_type=plgpu.ShapeDtypeStruct((COLUMNS, DEPTH), jnp.bfloat16, layout=FRAGMENTS)
-    )
-    def moved(ctx: Any, first: Any, second: Any) -> Any:
+    def move(*words: np.ndarray) -> np.ndarray:
+        both = np.stack([w.reshape(2, DEPTH // 8) for w in words], -1)  # [a, g, b]
         half = ir.BF16Type.get()
-        words = np.stack([a.registers.reshape(2, DEPTH // 8) for a in (first, second)], -1)  # [a, g, b]
-        return _array(_each(lambda word: _vector(word, half, 2), words), (COLUMNS, DEPTH), FRAGMENTS)
+        return np.vectorize(lambda word: _vector(word, half, 2), otypes=[object])(both)
 
-    return moved(first, second)
+    return _moved(move, [first, second], PAIRS, (COLUMNS, DEPTH), jnp.bfloat16, FRAGMENTS)
 
 
-def result(sums: jax.Array) -> Any:
+def result(sums: jax.Array) -> jax.Array:
     """What fragments were multiplied to, float32 [128, rows], as [rows, 128] in the order of the weight's columns."""
     rows = sums.shape[1]
 
-    @plgpu.inline_mgpu(
-        arg_types=(FRAGMENTS,), return_type=plgpu.ShapeDtypeStruct((rows, COLUMNS), jnp.float32, layout=BYTES)
-    )
-    def moved(ctx: Any, sums: Any) -> Any:
+    def move(sums: np.ndarray) -> np.ndarray:
         four = ir.VectorType.get((4,), ir.F32Type.get())
-        held = sums.registers.reshape(2, rows // 8, 2)  # [a, g, b], two numbers in each, h
+        held = sums.reshape(2, rows // 8, 2)  # [a, g, b], two numbers in each, h
         found = np.empty((rows // 8, 2), object)  # [g, h]
         for g, h in np.ndindex(found.shape):
             found[g, h] = vector.from_elements(four, [_element(held[a, g, b], h) for a in (0, 1) for b in (0, 1)])
-        return _array(found, (rows, COLUMNS), BYTES)
+        return found
 
-    return moved(sums)
-
-
-def _array(registers: np.ndarray, shape: tuple[int, int], layout: Any, signed: bool | None = None) -> Any:
-    layout = layout.to_mgpu()
-    registers = registers.reshape(layout.registers_shape(shape))
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
+    return _moved(move, [sums], FRAGMENTS, (rows, COLUMNS), jnp.float32, BYTES)
 
 
-def _each(f: Any, registers: np.ndarray) -> np.ndarray:
-    return np.vectorize(f, otypes=[object])(registers)
+def _moved(
+    move: Callable[..., np.ndarray], arrays: list, held: Any, shape: tuple[int, int], dtype: Any, layout: Any
+) -> jax.Array:
+    """Arrays, all of a layout `held`, as another of another layout, with the registers that `move` makes of theirs."""
+    declared = layout.to_mgpu()
+
+    @plgpu.inline_mgpu(arg_types=(held,) * len(arrays), return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout))
+    def moved(_: Any, *arrays: Any) -> Any:
+        registers = move(*(a.registers for a in arrays)).reshape(declared.registers_shape(shape))
+        signed = True if jnp.issubdtype(dtype, jnp.integer) else None
+        return mgpu.FragmentedArray(_registers=registers, _layout=declared, _is_signed=signed)
+
+    call: Any = moved  # JAX gives it its own first argument
+    return call(*arrays)
 
 
 def _vector(register: Any, element: Any, length: int) -> Any:

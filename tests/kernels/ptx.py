@@ -26,7 +26,7 @@ BINARY: dict[str, Callable] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor"
 BINARY |= {"sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum}
 COMPARED: dict[str, Callable] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
 COMPARED |= {"gt": np.greater, "ge": np.greater_equal}
-NOTHING = ("fence", "elect", "setmaxnreg", "wgmma.fence", "wgmma.commit", "wgmma.wait", "cp.async.bulk.commit", "griddepcontrol")  # fmt: skip
+NOTHING = ("fence", "setmaxnreg", "wgmma.fence", "wgmma.commit", "wgmma.wait", "cp.async.bulk.commit")
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,10 @@ def parsed(ptx: str) -> tuple[list[tuple[str | None, str, list[str]]], dict[str,
     text = ptx[ptx.index("$L__func_begin0:") : ptx.index("$L__func_end0:")]
     text = "\n".join(line.split("//")[0] for line in text.splitlines() if not line.strip().startswith(".loc"))
     depth, count = 0, 0
+
+    def local(name: str) -> str:
+        return f"{name}@{count}" if depth and not name.startswith(("%", "$")) else name
+
     for line in text.splitlines():
         line = line.strip()
         if line.startswith("{"):
@@ -115,9 +119,9 @@ def parsed(ptx: str) -> tuple[list[tuple[str | None, str, list[str]]], dict[str,
         closes = line.endswith("}") and not line.endswith("};")
         for part in filter(None, map(str.strip, line[: -1 if closes else None].split(";"))):
             if label := re.fullmatch(r"([\w$]+):", part):
-                labels[local(label[1], depth, count)] = len(program)
+                labels[local(label[1])] = len(program)
             elif not part.startswith((".reg", ".shared")):
-                program.append(instruction(part, lambda name: local(name, depth, count)))
+                program.append(instruction(part, local))
         depth -= closes
     return program, labels
 
@@ -129,10 +133,6 @@ def instruction(text: str, local: Callable[[str], str]) -> tuple[str | None, str
     pattern = r"[%\w$]+" if name.startswith("cp.async.bulk.tensor") else r"\[[^\]]*\]|\{[^}]*\}|[^,\s]+"
     split = [local(op) if re.fullmatch(r"[A-Zp]\w*", op) else op for op in re.findall(pattern, operands)]
     return predicate and local(predicate), name, split
-
-
-def local(name: str, depth: int, count: int) -> str:
-    return f"{name}@{count}" if depth and not name.startswith(("%", "$")) else name
 
 
 class Warpgroup:
@@ -174,9 +174,9 @@ class Warpgroup:
             return np.full(LANES, int(op[2:], 16), np.uint32).view(kind)
         if "dynamic_shmem" in op:
             return np.zeros(LANES, kind)
-        if found := re.search(r"param_(\d+)$", op):
-            return np.full(LANES, BUFFER * 2**16 * (int(found[1]) == len(self.block.buffers)), kind)
-        return np.full(LANES, int(op) % 2 ** (8 * np.dtype(kind).itemsize), np.uint64).astype(f"u{np.dtype(kind).itemsize}").view(kind)  # fmt: skip
+        bits = 8 * np.dtype(kind).itemsize
+        number = MAPS if "param_" in op else int(op) % 2**bits
+        return np.full(LANES, number, f"u{bits // 8}").view(kind)
 
     def addresses(self, op: str) -> np.ndarray:
         base, _, offset = op.strip("[] ").partition("+")
@@ -272,7 +272,7 @@ class Warpgroup:
         (thread,) = np.flatnonzero(active)
         to, tensor, *at, barrier = (int(self.get(op, np.uint64)[thread]) for op in ops)
         assert at[:2] == [0, 0], "whole tiles"
-        box = self.block.maps[(tensor - BUFFER * 2**16) // 128].copy(at[:1:-1])
+        box = self.block.maps[(tensor - MAPS) // 128].copy(at[:1:-1])
         at = swizzled(to + np.arange(box.size))
         self.block.shared[at] = box.ravel()
         self.block.barriers[barrier].move(expected=-box.size)
