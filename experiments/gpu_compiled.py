@@ -8,9 +8,9 @@ Columns: `tile`, rows and warpgroups of a block, and parts that K is cut into; `
 beside arguments and result (sums of the parts, and x padded); `weight`, bytes of the weight in bfloat16, for
 comparison; `wgmma`, matrix instructions of one step in PTX, and `hgmma` in machine code (SASS); `registers` at launch;
 `spilled`, bytes; `serialized`, whether ptxas warns that it waits for each matrix instruction; `alu`, machine
-instructions of the kinds that expand codes (LOP3, SHF, PRMT, IMAD, HMUL2, HFMA2), all of the program's, for each code of
-a step; `plain`, with --plain, the temporary bytes of what XLA makes of the plain meaning. Nothing here is a measured
-time.
+instructions of the kinds that expand codes (LOP3, SHF, PRMT, IMAD, HMUL2, HFMA2), all of the program's, for each code
+of a step; `plain`, with --plain, the temporary bytes of what XLA makes of the plain meaning. Nothing here is a
+measured time.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 import jaxq
 from jaxq.formats import Float, Int
 from jaxq.kernels.layout import pack_codes
+from tests.kernels import ptx
 
 hopper = pytest.importorskip("jaxq.kernels.hopper_matmul", reason="this jaxlib has no Mosaic GPU", exc_type=ImportError)
-ptx = pytest.importorskip("tests.kernels.ptx")
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = {
@@ -197,5 +197,5 @@ def test_elsewhere_and_for_derivatives_it_is_the_plain_product():
     device = AbstractDevice("NVIDIA H200", None, "gpu")
     with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=device)):
         slope = jax.jit(jax.grad(lambda x: asked(tree, x).astype(jnp.float32).sum()))(X)
-    wanted = jax.grad(lambda x: usual(tree, x).astype(jnp.float32).sum())(X)
+    wanted = jax.jit(jax.grad(lambda x: usual(tree, x).astype(jnp.float32).sum()))(X)
     assert np.array_equal(slope, wanted)
