@@ -15,10 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-LANES, BUFFER = (
-    128,
-    1 << 32,
-)  # threads of a warpgroup, worked on at once; where the n-th buffer begins: (n + 1) * BUFFER
+LANES = 128  # threads of a warpgroup, worked on at once
+BUFFER, MAPS = 1 << 32, 1 << 48  # the n-th buffer is at (n + 1) * BUFFER; tensor maps are at MAPS, 128 bytes each
 THREAD = np.arange(LANES)
 T, Q, WARP = THREAD % 4, THREAD // 4 % 8, THREAD // 32
 TYPES = {"u32": np.uint32, "s32": np.int32, "b32": np.uint32, "u64": np.uint64, "s64": np.int64, "b64": np.uint64}
