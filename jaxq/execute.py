@@ -59,6 +59,8 @@ def execute(forward: Callable, products: Products = "int8") -> Callable:
         accumulation. "int8": 8-bit products where the numbers fit, else as "float".
         "float": products in float32, on accelerators in bfloat16.
         "decoded": packed weights are only decoded, and activations fake-quantized, as without `pack`.
+        "experimental": as "int8", and on Hopper GPUs bfloat16 activations and packed 4-bit weights are multiplied by
+        a kernel that is compiled and simulated but has never run on a GPU (`jaxq.kernels.hopper_matmul`).
 
     Returns:
       A function of the same signature that also takes what `calibrate` returns in place of `params`. Quantized

@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxq.contraction import transform
 from jaxq.formats import Float, Int
-from jaxq.kernels import tpu
+from jaxq.kernels import gpu, tpu
 from jaxq.kernels.plain import Integers, Products, activation_integers, product, shifted, weight_integers
 from jaxq.program.sites import Site
 from jaxq.program.views import Convert, View
@@ -69,11 +69,8 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
     def plain(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         return product(x, _each(weight_integers(leaf.unpack()), matrix), sums, products, eqn.params["precision"])
 
-    device = tpu.target(x.values, leaf.planes[0])
-    if device is None or products != "int8" or not in_place or not tpu.has_kernel(rows, leaf.split):
-        y = plain(rows, leaf, sums)
-    else:
-        y = _by_kernel(device, plain, matrix)(rows, leaf, sums)
+    chosen = _kernel(rows, leaf, products, matrix) if in_place else None
+    y = plain(rows, leaf, sums) if chosen is None else _either(*chosen, plain)(rows, leaf, sums)
     y = y.astype(out.dtype)
     return y.reshape(out.shape) if ops.x == 0 else y.T.reshape(out.shape)
 
@@ -81,18 +78,39 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
 Product = Callable[[Integers, Packed, jax.Array | None], jax.Array]
 
 
-def _by_kernel(device: str, plain: Product, matrix: Callable[[jax.Array], jax.Array]) -> Product:
-    """A product by the TPU's kernel; `plain` on another device that the program may be compiled for, and for
-    derivatives, which the kernel has none of."""
+def _kernel(
+    x: Integers, leaf: Packed, products: Products, matrix: Callable[[jax.Array], jax.Array]
+) -> tuple[str, Product] | None:
+    """The platform and the kernel of a product on the device that the program is traced for, if it has one."""
+    fmt, operands = leaf.split, (x.values, leaf.planes[0])
+    kind = tpu.target(*operands) if products in ("int8", "experimental") else None
 
-    def kernel(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
-        assert isinstance(leaf.split, Int | Float)
-        weights = _each(weight_integers(leaf.unpack()), matrix)
-        return tpu.packed_product(x, leaf.planes[0], weights, leaf.split, sums, device)
+    def weights(leaf: Packed) -> Integers:
+        return _each(weight_integers(leaf.unpack()), matrix)
+
+    def by_tpu(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
+        assert isinstance(fmt, Int | Float) and kind is not None
+        return tpu.packed_product(x, leaf.planes[0], weights(leaf), fmt, sums, kind)
+
+    def by_gpu(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
+        assert isinstance(fmt, Int | Float)
+        return gpu.packed_product(x, leaf.planes[0], weights(leaf), fmt)
+
+    if kind is not None and tpu.has_kernel(x, fmt):
+        return "tpu", by_tpu
+    columns = leaf.planes[0].shape[1]
+    if products == "experimental" and gpu.target(*operands) is not None and gpu.has_kernel(x, fmt, columns):
+        return "cuda", by_gpu
+    return None
+
+
+def _either(platform: str, kernel: Product, plain: Product) -> Product:
+    """A product by a kernel; `plain` on another platform that the program may be compiled for, and for derivatives,
+    which kernels have none of."""
 
     @jax.custom_jvp
     def either(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
-        return lax.platform_dependent(x, leaf, sums, tpu=kernel, default=plain)
+        return lax.platform_dependent(x, leaf, sums, default=plain, **{platform: kernel})
 
     either.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
     return either

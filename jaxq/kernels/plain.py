@@ -30,7 +30,7 @@ from jaxq.formats import Format, Int, decode, divide, fake_quant
 from jaxq.formats.floating import layout, power_of_two
 from jaxq.qtensor import Granularity, Grid, QTensor, pytree, static
 
-Products = Literal["int8", "float", "decoded"]
+Products = Literal["int8", "float", "decoded", "experimental"]
 
 ROWS_ON_CPU = 16
 

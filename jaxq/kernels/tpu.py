@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxq.formats import Float, Format, Int
 from jaxq.kernels.carrier import Carrier, float_carrier, int8_carrier
+from jaxq.kernels.devices import device_kind
 from jaxq.kernels.packed_matmul import Operands, fits, packed_matmul
 from jaxq.kernels.plain import Integers
 
@@ -47,15 +48,9 @@ def _e4m3(device_kind: str) -> Any:
 
 
 def target(*operands: jax.Array) -> str | None:
-    """The kind of TPU that a program is traced for, if there are kernels for it and they can have these operands.
-
-    XLA partitions no kernels: arrays on a mesh of several devices are theirs only inside `shard_map`.
-    """
-    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(a).sharding.mesh for a in operands)]
-    if any(mesh.shape[name] > 1 for mesh in meshes for name in {*mesh.axis_names} - {*mesh.manual_axes}):
-        return None
-    device = getattr(meshes[0], "abstract_device", None) or jax.devices()[0]
-    return device.device_kind if device.device_kind in E4M3 else None
+    """The kind of TPU that a program is traced for, if there are kernels for it and they can have these operands."""
+    kind = device_kind(*operands)
+    return kind if kind in E4M3 else None
 
 
 def has_kernel(x: Integers, fmt: Format | None) -> bool:

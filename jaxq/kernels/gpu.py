@@ -1,0 +1,46 @@
+"""What a Hopper GPU does in place of `jaxq.kernels.plain.product`, where it is asked to: see `hopper_matmul`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.formats import Float, Format, Int
+from jaxq.kernels.devices import device_kind
+from jaxq.kernels.plain import Integers
+
+HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
+
+
+def target(*operands: jax.Array) -> str | None:
+    """The kind of GPU that a program is traced for, if there is a kernel for it that can have these operands."""
+    kind = device_kind(*operands)
+    return kind if kind is not None and kind.startswith(HOPPER) else None
+
+
+def has_kernel(x: Integers, fmt: Format | None, columns: int) -> bool:
+    """Whether `packed_product` multiplies [M, K] with `columns` columns of weights of a format: of 4 bits, with an
+    activation in bfloat16 that is not quantized. Integers XLA multiplies, exactly, in int8."""
+    if not isinstance(fmt, Int | Float) or fmt.bits != 4 or x.bound is not None or x.values.dtype != jnp.bfloat16:
+        return False
+    return x.values.shape[1] % 256 == 0 and columns % 128 == 0
+
+
+def packed_product(x: Integers, codes: jax.Array, w: Integers, fmt: Int | Float) -> jax.Array:
+    """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by the kernel: y [M, N], float32.
+
+    The codes of an asymmetric integer are multiplied less 8, and its center after that: x (W + b) = x W + b sum(x).
+
+    Args:
+      x: as there.
+      codes: of the weights, packed: uint8 [K/2, N].
+      w: scale and center of its integers; their values are not used.
+      fmt: of the codes.
+    """
+    from jaxq.kernels.hopper_matmul import hopper_matmul  # not above: not every jaxlib comes with Mosaic GPU
+
+    scale = jnp.broadcast_to(jnp.float32(1) if w.scale is None else w.scale, (1, codes.shape[1]))
+    if isinstance(fmt, Float):
+        scale = scale * jnp.float32(2.0 ** (fmt.bias - 1 + fmt.mantissa_bits))  # of elements, not of their units
+    y = hopper_matmul(x.values, codes, scale, fmt)
+    return y if w.center is None else y + x.values.sum(1, keepdims=True, dtype=jnp.float32) * (w.center * scale)

@@ -1,0 +1,326 @@
+"""Runs a compiled kernel of Mosaic GPU without a GPU: its PTX, instruction by instruction, in numpy.
+
+Written against NVIDIA's PTX ISA 9.0, not against JAX: the fragments' layouts, shared memory's swizzle, the matrix
+descriptors and barriers are as that document has them. What it leaves out is time: copies and matrix products are done
+as soon as they are issued, so that an absent wait is not found; an absent arrival is (nothing can go on).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+LANES = 128  # threads of a warpgroup, worked on at once
+BUFFER, MAPS = 1 << 32, 1 << 48  # the n-th buffer is at (n + 1) * BUFFER; tensor maps are at MAPS, 128 bytes each
+THREAD = np.arange(LANES)
+T, Q, WARP = THREAD % 4, THREAD // 4 % 8, THREAD // 32
+TYPES = {"u32": np.uint32, "s32": np.int32, "b32": np.uint32, "u64": np.uint64, "s64": np.int64, "b64": np.uint64}
+BINARY: dict[str, Callable] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "add": np.add}
+BINARY |= {"sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum}
+COMPARED: dict[str, Callable] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
+COMPARED |= {"gt": np.greater, "ge": np.greater_equal}
+NOTHING = ("fence", "setmaxnreg", "wgmma.fence", "wgmma.commit", "wgmma.wait", "cp.async.bulk.commit")
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """A matrix in device memory as a tensor map shows it: tiles of 8 rows of 128 bytes, `box` of them a copy."""
+
+    matrix: np.ndarray
+    box: tuple[int, int]
+
+    def copy(self, at: list[int]) -> np.ndarray:
+        """The bytes of the box at a tile, [rows, columns, 8, 128]; an axis with one tile only is left out of `at`."""
+        height, width = self.matrix.shape[0] // 8, self.matrix.view(np.uint8).shape[1] // 128
+        tiles = self.matrix.view(np.uint8).reshape(height, 8, width, 128).swapaxes(1, 2)
+        left = list(at)
+        row, column = (left.pop(0) if n > 1 else 0 for n in (height, width))
+        found = tiles[row : row + self.box[0], column : column + self.box[1]]
+        assert not left and found.shape[:2] == self.box, f"a copy out of bounds, at {at}"
+        return found
+
+
+@dataclass
+class Barrier:
+    count: int
+    pending: int
+    bytes: int = 0
+    phase: int = 0
+
+    def move(self, arrivals: int = 0, expected: int = 0) -> None:
+        self.bytes += expected
+        self.pending -= arrivals
+        assert self.pending >= 0
+        if self.pending == 0 and self.bytes == 0:
+            self.pending, self.phase = self.count, self.phase + 1
+
+
+@dataclass
+class Block:
+    """What the warpgroups of a block share."""
+
+    maps: list[Tiled]
+    buffers: list[np.ndarray]
+    shared: np.ndarray = field(default_factory=lambda: np.zeros(232448, np.uint8))
+    barriers: dict[int, Barrier] = field(default_factory=dict)
+
+    def bytes_at(self, address: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The memory, and where in it the bytes are, [128, length]."""
+        at = address.astype(np.int64)[:, None] + np.arange(length)
+        which = int(at[0, 0]) // BUFFER
+        assert (at // BUFFER == which).all()
+        memory = self.shared if which == 0 else self.buffers[which - 1].reshape(-1).view(np.uint8)
+        return memory, at % BUFFER
+
+
+def run(ptx: str, grid: tuple[int, int, int], warpgroups: int, maps: list[Tiled], buffers: list[np.ndarray]) -> None:
+    """Runs a kernel of which the parameters are `buffers`, then `maps`; results are in the buffers afterwards."""
+    program, labels = parsed(ptx)
+    for z, y, x in np.ndindex(grid[::-1]):
+        block = Block(maps, buffers)
+        groups = [Warpgroup(program, labels, block, i, (x, y, z)).run() for i in range(warpgroups)]
+        at = dict.fromkeys(range(warpgroups), "")
+        while at:
+            before = block_state(block), dict(at)
+            if all(where.startswith("bar") for where in at.values()):
+                at = dict.fromkeys(at, "")
+            for i, where in list(at.items()):
+                at[i] = where if where.startswith("bar") else next(groups[i], "end")
+            at = {i: where for i, where in at.items() if where != "end"}
+            assert (block_state(block), at) != before, f"nothing can go on: {at}"
+
+
+def block_state(block: Block) -> tuple:
+    return tuple((b.pending, b.bytes, b.phase) for b in block.barriers.values())
+
+
+def parsed(ptx: str) -> tuple[list[tuple[str | None, str, list[str]]], dict[str, int]]:
+    """(predicate, instruction, operands), and where the labels are. Names inside braces are local."""
+    program: list[tuple[str | None, str, list[str]]] = []
+    labels: dict[str, int] = {}
+    text = ptx[ptx.index("$L__func_begin0:") : ptx.index("$L__func_end0:")]
+    text = "\n".join(line.split("//")[0] for line in text.splitlines() if not line.strip().startswith(".loc"))
+    depth, count = 0, 0
+
+    def local(name: str) -> str:
+        return f"{name}@{count}" if depth and not name.startswith(("%", "$")) else name
+
+    for line in text.splitlines():
+        line = line.strip()
+        if line.startswith("{"):
+            depth, count, line = depth + 1, count + 1, line[1:]
+        closes = line.endswith("}") and not line.endswith("};")
+        for part in filter(None, map(str.strip, line[: -1 if closes else None].split(";"))):
+            if label := re.fullmatch(r"([\w$]+):", part):
+                labels[local(label[1])] = len(program)
+            elif not part.startswith((".reg", ".shared")):
+                program.append(instruction(part, local))
+        depth -= closes
+    return program, labels
+
+
+def instruction(text: str, local: Callable[[str], str]) -> tuple[str | None, str, list[str]]:
+    found = re.fullmatch(r"(?:@(!?[%\w]+)\s+)?([\w.:]+)\s*(.*)", text, re.S)
+    assert found, text
+    predicate, name, operands = found.groups()
+    pattern = r"[%\w$]+" if name.startswith("cp.async.bulk.tensor") else r"\[[^\]]*\]|\{[^}]*\}|[^,\s]+"
+    split = [local(op) if re.fullmatch(r"[A-Zp]\w*", op) else op for op in re.findall(pattern, operands)]
+    return predicate and local(predicate), name, split
+
+
+class Warpgroup:
+    def __init__(self, program: list, labels: dict, block: Block, index: int, at: tuple[int, int, int]):
+        self.program, self.labels, self.block = program, labels, block
+        self.values: dict[str, np.ndarray] = {"%tid.x": (THREAD + index * LANES).astype(np.uint32)}
+        self.values |= {f"%ctaid.{axis}": np.full(LANES, i, np.uint32) for axis, i in zip("xyz", at)}
+
+    def run(self) -> Iterator[str]:
+        """Until the end; what it waits for on the way."""
+        at = 0
+        while at < len(self.program):
+            predicate, name, ops = self.program[at]
+            active = np.ones(LANES, bool)
+            if predicate:
+                active = self.values[predicate.lstrip("!")] ^ predicate.startswith("!")
+            at += 1
+            if name.startswith("bra"):
+                assert active.all() or not active.any(), "warpgroups branch together"
+                at = self.labels[ops[0]] if active.any() else at
+            elif name == "ret":
+                return
+            elif name == "bar.sync":
+                if len(ops) == 1:
+                    yield f"bar {at}"
+            elif name.startswith("mbarrier.try_wait"):
+                barrier = self.block.barriers[self.address(ops[1])]
+                while barrier.phase % 2 == int(self.get(ops[2], np.uint32)[0]):
+                    yield f"wait {ops[1]}"
+                self.values[ops[0]] = np.ones(LANES, bool)
+            else:
+                self.step(name, ops, active)
+
+    def get(self, op: str, kind: Any) -> np.ndarray:
+        if op in self.values:
+            found = self.values[op]
+            return found if found.dtype == bool or found.dtype.itemsize != np.dtype(kind).itemsize else found.view(kind)
+        if op.startswith("0f"):
+            return np.full(LANES, int(op[2:], 16), np.uint32).view(kind)
+        if "dynamic_shmem" in op:
+            return np.zeros(LANES, kind)
+        bits = 8 * np.dtype(kind).itemsize
+        number = MAPS if "param_" in op else int(op) % 2**bits
+        return np.full(LANES, number, f"u{bits // 8}").view(kind)
+
+    def addresses(self, op: str) -> np.ndarray:
+        base, _, offset = op.strip("[] ").partition("+")
+        found = self.get(base, np.uint64).astype(np.uint64)
+        return found + np.uint64(int(offset or 0))
+
+    def address(self, op: str) -> int:
+        found = self.addresses(op)
+        assert (found == found[0]).all()
+        return int(found[0])
+
+    def step(self, name: str, ops: list[str], active: np.ndarray) -> None:
+        kind, parts = TYPES.get(name.split(".")[-1], np.uint32), name.split(".")
+        if name.startswith("elect"):
+            self.values[ops[0].split("|")[1]] = THREAD % 32 == 0
+        elif name.startswith(NOTHING):
+            pass
+        elif name.startswith("wgmma.mma_async"):
+            self.multiply(name, ops)
+        elif name.startswith(("cp.async.bulk.tensor.3d.shared", "cp.async.bulk.tensor.4d.shared")):
+            self.copy(ops, active)
+        elif name.startswith("mbarrier"):
+            self.barrier(name, ops, active)
+        elif parts[0] in ("ld", "st"):
+            self.move(parts, ops, active)
+        elif parts[0] == "shfl":
+            self.values[ops[0]] = self.get(ops[1], np.uint32)[THREAD // 32 * 32]
+        elif parts[0] == "setp":
+            self.values[ops[0]] = COMPARED[parts[1]](self.get(ops[1], kind), self.get(ops[2], kind))
+        elif parts[0] in ("mov", "cvta"):
+            self.values[ops[0]] = self.get(ops[1], kind)
+        elif parts[0] == "cvt":
+            self.values[ops[0]] = self.get(ops[1], TYPES[parts[2]]).astype(TYPES[parts[1]])
+        elif parts[0] == "selp":
+            self.values[ops[0]] = np.where(self.values[ops[3]], self.get(ops[1], kind), self.get(ops[2], kind))
+        else:
+            self.values[ops[0]] = self.computed(parts, ops, kind)
+
+    def computed(self, parts: list[str], ops: list[str], kind: Any) -> np.ndarray:
+        last = parts[-1]
+        if last == "pred":
+            return BINARY[parts[0]](self.values[ops[1]], self.values[ops[2]])
+        if last in ("f32", "bf16x2"):
+            a, b, *c = (self.floats(op, last) for op in ops[1:])
+            return rounded(a * b + c[0] if parts[0] == "fma" else BINARY[parts[0]](a, b), last)
+        if parts[0] == "prmt":
+            a, b, chosen = (self.get(op, np.uint32) for op in ops[1:])
+            both = np.stack([a, b], 1).view(np.uint8)
+            picks = [(chosen >> np.uint32(4 * i)) & np.uint32(15) for i in range(4)]
+            assert all((p < 8).all() for p in picks)
+            return np.stack([both[THREAD, p] for p in picks], 1).view(np.uint32)[:, 0]
+        if parts[0] == "bfe":
+            mask = (1 << int(ops[3])) - 1
+            return (self.get(ops[1], kind) >> kind(int(ops[2]))) & kind(mask)
+        if parts[0] in ("shl", "shr"):
+            a, by = self.get(ops[1], kind), self.get(ops[2], np.uint32).astype(kind)
+            assert (by < 8 * np.dtype(kind).itemsize).all()
+            return a << by if parts[0] == "shl" else a >> by
+        if "wide" in parts:
+            wide = {np.int32: np.int64, np.uint32: np.uint64}[kind]
+            return self.get(ops[1], kind).astype(wide) * self.get(ops[2], kind).astype(wide)
+        if parts[0] == "shf":
+            low, high, by = (self.get(op, np.uint32).astype(np.uint64) for op in ops[1:])
+            both = high << np.uint64(32) | low
+            return (both >> by if parts[1] == "r" else both << by >> np.uint64(32)).astype(np.uint32)
+        if parts[0] == "not":
+            return ~self.get(ops[1], kind)
+        return BINARY[parts[0]](self.get(ops[1], kind), self.get(ops[2], kind))
+
+    def floats(self, op: str, kind: str) -> np.ndarray:
+        """float64 [128] or, of pairs of bfloat16, [128, 2]."""
+        held = np.ascontiguousarray(self.get(op, np.uint32))
+        return (held.view(np.float32) if kind == "f32" else bfloat16(held)).astype(float)
+
+    def barrier(self, name: str, ops: list[str], active: np.ndarray) -> None:
+        if not active.any():
+            return
+        barriers = self.block.barriers
+        if ".init" in name:
+            count = int(self.get(ops[1], np.uint32)[0])
+            barriers[self.address(ops[0])] = Barrier(count, count)
+            return
+        each = int(self.get(ops[2], np.uint32)[0])
+        if "expect_tx" in name:
+            return barriers[self.address(ops[1])].move(int(active.sum()), each * int(active.sum()))
+        barriers[self.address(ops[1])].move(each * int(active.sum()))
+
+    def copy(self, ops: list[str], active: np.ndarray) -> None:
+        """A box into shared memory, in rows of 128 bytes whose eight parts of 16 are swizzled by the row."""
+        if not active.any():
+            return
+        assert active.sum() == 1
+        (thread,) = np.flatnonzero(active)
+        to, tensor, *at, barrier = (int(self.get(op, np.uint64)[thread]) for op in ops)
+        assert at[:2] == [0, 0], "whole tiles"
+        box = self.block.maps[(tensor - MAPS) // 128].copy(at[:1:-1])
+        at = swizzled(to + np.arange(box.size))
+        self.block.shared[at] = box.ravel()
+        self.block.barriers[barrier].move(expected=-box.size)
+
+    def move(self, parts: list[str], ops: list[str], active: np.ndarray) -> None:
+        if "param" in parts:
+            self.values[ops[0]] = np.full(LANES, BUFFER * (1 + int(ops[1].strip("[]").split("_")[-1])), np.uint64)
+            return
+        store = parts[0] == "st"
+        where, held = (ops[0], ops[1]) if store else (ops[1], ops[0])
+        names, bits = re.findall(r"[%\w]+", held), int(parts[-1][1:])
+        memory, at = self.block.bytes_at(self.addresses(where), len(names) * bits // 8)
+        if store:
+            words = np.stack([self.get(n, TYPES[f"b{bits}"]) for n in names], 1)
+            memory[at[active]] = words.view(np.uint8)[active]
+            return
+        words = memory[at].view(TYPES[f"b{bits}"])
+        self.values |= {n: words[:, i].copy() for i, n in enumerate(names)}
+
+    def multiply(self, name: str, ops: list[str]) -> None:
+        """D [64, n] += A [64, 16] of registers times B [16, n] of shared memory, K contiguous there."""
+        found = re.search(r"\.m64n(\d+)k16\.f32\.bf16\.bf16", name)
+        sums, a, descriptor, _, *signs = ops
+        assert found and signs == ["1", "1", "0"], "neither negated nor transposed"
+        n, names = int(found[1]), re.findall(r"%r\d+", sums)
+        left = np.zeros((64, 16))
+        for i, register in enumerate(re.findall(r"%r\d+", a)):
+            row, k = 16 * WARP + Q + 8 * (i % 2), 2 * T + 8 * (i // 2)
+            left[row[:, None], k[:, None] + [0, 1]] = self.floats(register, "bf16x2")
+        given = int(self.get(descriptor, np.uint64)[0])
+        assert given >> 62 == 1, "a swizzle of 128 bytes"
+        start, stride = (given & 0x3FFF) << 4, (given >> 32 & 0x3FFF) << 4
+        columns = np.arange(n)[:, None]
+        at = swizzled(start + columns // 8 * stride + columns % 8 * 128 + np.arange(32))
+        right = bfloat16(self.block.shared[at].view(np.uint32)).reshape(n, 16).astype(float)
+        total = left @ right.T
+        for i, register in enumerate(names):
+            row, column = 16 * WARP + Q + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * T + i % 2
+            self.values[register] = rounded(self.floats(register, "f32") + total[row, column], "f32")
+
+
+def swizzled(address: np.ndarray) -> np.ndarray:
+    return address ^ ((address >> 7 & 7) << 4)
+
+
+def bfloat16(words: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(words).view(ml_dtypes.bfloat16).reshape(*words.shape, 2)
+
+
+def rounded(numbers: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "f32":
+        return numbers.astype(np.float32).view(np.uint32)
+    return np.ascontiguousarray(numbers.astype(np.float32).astype(ml_dtypes.bfloat16)).view(np.uint32).reshape(LANES)
