@@ -339,7 +339,10 @@ def test_debug_shows_the_traceback():
     assert isinstance(result.exception, FileNotFoundError) and "error: " not in result.output
 
 
-@pytest.mark.parametrize("more", [(), ("--packed",), ("--cache", "int8", "--temperature", 0.5, "--seed", 3)])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param((), marks=pytest.mark.slow), ("--packed",), ("--cache", "int8", "--temperature", 0.5, "--seed", 3)],
+)
 def test_generate(opt, recipe, text, tmp_path, more):
     quantize(opt, recipe, text, tmp_path / "out")
     for model in (opt, tmp_path / "out"):

@@ -198,7 +198,8 @@ def small_transformer():
     return params, t, jaxq.calibrate(transformer, params, [t], jaxq.quantize(attention=jaxq.Int(8)))
 
 
-@pytest.mark.parametrize("shape", [pytest.param((1, 8), marks=pytest.mark.slow), (3, 13)])
+@pytest.mark.parametrize("shape", [(1, 8), (3, 13)])
+@pytest.mark.slow
 def test_one_tree_serves_other_batch_sizes_and_lengths(small_transformer, shape):
     params, _, q = small_transformer
     t = tokens(9, *shape)

@@ -199,7 +199,12 @@ def test_an_encoder():
 
 @pytest.mark.parametrize(
     "name",
-    ["stdlib-opt", "opt-tinystories-trained-here", "llama-stories260k", "bloom-tinystories-trained-here"],
+    [
+        "stdlib-opt",
+        pytest.param("opt-tinystories-trained-here", marks=pytest.mark.slow),
+        "llama-stories260k",
+        pytest.param("bloom-tinystories-trained-here", marks=pytest.mark.slow),
+    ],
 )
 def test_packed_as_simulated(name):
     directory = name if name == "stdlib-opt" else SHARED / name

@@ -99,7 +99,9 @@ def test_every_granularity_of_weights(weights):
     check_law(jaxq.quantize(weights, jaxq.Int(8)), products=("int8",), shape=(320, 6))
 
 
-@pytest.mark.parametrize("fmt", [jaxq.AnyFloat(4), jaxq.Float(2, 1), jaxq.Float(3, 2)], ids=named)
+@pytest.mark.parametrize(
+    "fmt", [pytest.param(jaxq.AnyFloat(4), marks=pytest.mark.slow), jaxq.Float(2, 1), jaxq.Float(3, 2)], ids=named
+)
 def test_exponents_are_folded_into_the_activation(fmt):
     x = normal(0, 3, 5, 40) * jnp.exp2(jnp.arange(40) % 7)[None, None]
     q = jaxq.calibrate(no_table, {"w": weight(1, 40, 6)}, [x], jaxq.post_shifted_fp4(fmt, fmt))

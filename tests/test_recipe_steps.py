@@ -250,7 +250,8 @@ def cross_entropy(forward, params, masks=None) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.slow
 def test_search_is_the_best_of_the_calibrations_one_by_one(masked, tmp_path):
     model = tiny_model(OPT)
     masks = [np.arange(16)[None] < np.array([[16], [11]])] * 2 if masked else None

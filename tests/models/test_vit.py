@@ -130,7 +130,7 @@ def test_sites(model):
     [
         jaxq.chain(jaxq.os_plus(), SIX),
         jaxq.chain(jaxq.smooth_quant(), SIX),
-        jaxq.chain(channel_shift(), LLM_FP4),
+        pytest.param(jaxq.chain(channel_shift(), LLM_FP4), marks=pytest.mark.slow),
     ],
     ids=["os_plus", "smooth_quant", "llm_fp4"],
 )

@@ -120,6 +120,7 @@ def attention() -> Specimen:
     return Specimen(attention_of, {**params, "ln": norm_params(5, 16)}, (normal(9, 2, 6, 16),))
 
 
+@pytest.mark.slow
 def test_weights_that_share_an_activation_share_its_grid_and_exponents() -> None:
     s = attention()
     q, error, groups = searched(s, jaxq.llm_fp4(6, 6, attention=6, search=SEARCH))

@@ -192,6 +192,7 @@ def test_after_another_transform(first: Step) -> None:
     assert error(folded) < 1e-10
 
 
+@pytest.mark.slow
 def test_saved_exported_compiled_and_mapped(tmp_path) -> None:
     _, xs = made()
     run = jax.jit(jaxq.execute(forward))
