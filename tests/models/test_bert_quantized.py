@@ -87,6 +87,7 @@ def test_os_plus_beats_rounding_on_outliers(model):
     assert errors[1] < errors[0] < 1
 
 
+@pytest.mark.slow
 def test_a_classifier_is_calibrated_with_masks():
     """Its pooler reads one token of each text, which the masks say nothing of."""
     model = tiny_model(BERT, architectures=["BertForSequenceClassification"])

@@ -33,10 +33,10 @@ def lost(s: Specimen, q: jaxq.Quantized) -> float:
 
 KINDS = [
     bare.einsum_heads_in,  # a contraction over two axes, as attention's output projection
-    bare.conv2d_nhwc,
     control.scan_stacked,
 ]
-RELATIVES = [  # of these
+RELATIVES = [  # of these, and a convolution
+    bare.conv2d_nhwc,
     bare.vmapped_experts,
     bare.transposed,
     bare.matmul,
@@ -151,6 +151,7 @@ def test_layers_of_a_scan_choose_their_own_formats() -> None:
     np.testing.assert_allclose(run(q, x), by_hand, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tied_weights_take_no_exponents() -> None:
     """Their other reader would see them."""
     q, error, groups = searched(bare.tied_embeddings(), jaxq.llm_fp4(6, 6, search=SEARCH))
