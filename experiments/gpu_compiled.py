@@ -16,7 +16,6 @@ measured time.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import tempfile
@@ -26,11 +25,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from compiled_rows import show
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
 
 from jaxq.formats import Float, Int
-from jaxq.kernels.hopper_matmul import fits, hopper_matmul, plain_hopper_matmul, tiles
+from jaxq.kernels.hopper_matmul import hopper_matmul, plain_hopper_matmul, tiles
 
 H200 = """gpu_device_info {
     name: "NVIDIA H200" device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
@@ -73,7 +73,6 @@ def compiled(function: Any, rows: int, k: int, n: int, groups: int) -> jax.stage
 def row(name: str, rows: int, k: int, n: int, dump: Path, plain: bool) -> dict:
     """One row of the table."""
     fmt, groups = FORMATS[name.removesuffix("_g128")], k // 128 if name.endswith("g128") else 1
-    assert fits(k, n, groups), f"{k} channels and {n} columns: see jaxq.kernels.hopper_matmul.fits"
     for file in dump.iterdir():
         file.unlink()
     memory = compiled(partial(hopper_matmul, fmt=fmt), rows, k, n, groups).memory_analysis()
@@ -116,15 +115,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gpu_compiled_") as made:
         dump = args.keep or Path(made)
         prepare(dump)
-        cases = [(name, rows, shape) for name in args.kernels for shape in args.shapes for rows in args.rows]
-        for number, (name, rows, shape) in enumerate(cases):
-            found = row(name, rows, *map(int, shape.split("x")), dump, args.plain)
-            if args.json:
-                print(json.dumps(found), flush=True)
-                continue
-            if number == 0:
-                print("|", " | ".join(found), "|\n|" + "---|" * len(found))
-            print("|", " | ".join(map(str, found.values())), "|", flush=True)
+        found = (
+            row(name, rows, *map(int, shape.split("x")), dump, args.plain)
+            for name in args.kernels
+            for shape in args.shapes
+            for rows in args.rows
+        )
+        show(found, args.json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ that. Nothing here is a measured time.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import tempfile
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from compiled_rows import show
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -190,13 +190,7 @@ def main() -> None:
             for name in args.kernels
             for count in args.rows
         )
-        for number, found in enumerate(rows):
-            if args.json:
-                print(json.dumps(found), flush=True)
-                continue
-            if number == 0:
-                print("|", " | ".join(found), "|\n|" + "---|" * len(found))
-            print("|", " | ".join(map(str, found.values())), "|", flush=True)
+        show(rows, args.json)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxq.arrays import on_device
 from jaxq.cache import LayerCache
 
 
@@ -62,7 +63,7 @@ def generate(
         key, used = jax.random.split(key)
         return _choose(logits, temperature, used)[:, None], (caches, position + tokens.shape[1], key)
 
-    params = jax.tree.map(jnp.asarray, params)  # files that are mapped into memory would be read at every call
+    params = on_device(params)
     state = tuple(caches), jnp.int32(0), jax.random.key(seed)
     begin = time.perf_counter()
     run = jax.jit(advance, donate_argnums=2)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from rich.progress import track
 
-from jaxq.evaluate.batches import on_device
+from jaxq.arrays import on_device
 
 
 @dataclass(frozen=True)

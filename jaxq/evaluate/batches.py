@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 SHORTEST = 16  # rows are 16, 32, 64, ... long
@@ -35,8 +32,3 @@ def in_order(count: int, batch_size: int) -> Iterator[np.ndarray]:
     """The indices of `count` rows of one size, in order: int `[batch_size]`, the last ones as in `by_width`."""
     for begin in range(0, count, batch_size):
         yield np.minimum(np.arange(begin, begin + batch_size), count - 1)
-
-
-def on_device(params: Any) -> Any:
-    """Parameters that may be memory-mapped files as arrays of JAX, so that they are not copied at every call."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, params)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from jaxq.evaluate.batches import by_width, on_device
+from jaxq.arrays import on_device
+from jaxq.evaluate.batches import by_width
 
 Pair = tuple[Sequence[int], Sequence[int]]
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from jaxq.evaluate.batches import by_width, cut, on_device
+from jaxq.arrays import on_device
+from jaxq.evaluate.batches import by_width, cut
 from jaxq.evaluate.text import pad
 from jaxq.models import sentence_embedding
 

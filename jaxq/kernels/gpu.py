@@ -7,8 +7,10 @@ import jax.numpy as jnp
 
 from jaxq.formats import Float, Format, Int
 from jaxq.kernels.devices import device_kind
-from jaxq.kernels.plain import Integers
+from jaxq.kernels.layout import fits
+from jaxq.kernels.plain import Integers, element_scale
 
+COLUMNS = 128  # of the weight, that a warpgroup multiplies at once
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
 
 
@@ -23,7 +25,7 @@ def has_kernel(x: Integers, fmt: Format | None, columns: int) -> bool:
     activation in bfloat16 that is not quantized. Integers XLA multiplies, exactly, in int8."""
     if not isinstance(fmt, Int | Float) or fmt.bits != 4 or x.bound is not None or x.values.dtype != jnp.bfloat16:
         return False
-    return x.values.shape[1] % 256 == 0 and columns % 128 == 0
+    return fits(x.values.shape[1], 1) and columns % COLUMNS == 0
 
 
 def packed_product(x: Integers, codes: jax.Array, w: Integers, fmt: Int | Float) -> jax.Array:
@@ -39,8 +41,6 @@ def packed_product(x: Integers, codes: jax.Array, w: Integers, fmt: Int | Float)
     """
     from jaxq.kernels.hopper_matmul import hopper_matmul  # not above: not every jaxlib comes with Mosaic GPU
 
-    scale = jnp.broadcast_to(jnp.float32(1) if w.scale is None else w.scale, (1, codes.shape[1]))
-    if isinstance(fmt, Float):
-        scale = scale * jnp.float32(2.0 ** (fmt.bias - 1 + fmt.mantissa_bits))  # of elements, not of their units
+    scale = element_scale(w, fmt, codes.shape[1])
     y = hopper_matmul(x.values, codes, scale, fmt)
     return y if w.center is None else y + x.values.sum(1, keepdims=True, dtype=jnp.float32) * (w.center * scale)

@@ -33,10 +33,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxq.formats import Float, Int
 from jaxq.kernels import hopper_registers as registers
 from jaxq.kernels.expansion import Expansion, code_values, expansion
-from jaxq.kernels.hopper_registers import COLUMNS, DEPTH
-from jaxq.kernels.layout import BLOCK, unpack_codes
+from jaxq.kernels.gpu import COLUMNS
+from jaxq.kernels.hopper_registers import DEPTH
+from jaxq.kernels.layout import BLOCK, HALF, fits, unpack_codes
 
-HALF = BLOCK // 2
 STEP = 2 * DEPTH  # channels of one step of the pipeline: DEPTH of the low nibbles, DEPTH of the high ones
 SHARED = 192 << 10  # bytes of shared memory for the steps under way
 MULTIPROCESSORS = 132
@@ -63,10 +63,10 @@ def hopper_matmul(
         [M, N].
 
     Raises:
-        ValueError: the shapes do not fit each other or the kernel: see `fits`; or the format is not of 4 bits.
+        ValueError: the shapes do not fit each other or the kernel: see `layout.fits`; or the format is not of 4 bits.
     """
     (m, k), n, groups = x.shape, w.shape[1], scale.shape[0]
-    if 2 * w.shape[0] != k or scale.shape[1] != n or not fits(k, n, groups):
+    if 2 * w.shape[0] != k or scale.shape[1] != n or not fits(k, groups) or n % COLUMNS:
         raise ValueError(
             f"x {x.shape}, packed weights {w.shape}, scales {scale.shape}: the kernel takes x [M, K], weights [K/2, N] "
             "and scales [G, N], K in blocks of 256, groups in multiples of 128 and N in multiples of 128"
@@ -99,11 +99,6 @@ def tiles(m: int, k: int, n: int, groups: int) -> tuple[int, int, int]:
     while 2 * blocks * splits <= MULTIPROCESSORS and steps % (2 * splits) == 0 and steps // (2 * splits) >= 2:
         splits *= 2
     return rows, warpgroups, splits
-
-
-def fits(k: int, n: int, groups: int) -> bool:
-    """Whether the kernel takes K channels in so many groups, and N columns."""
-    return k % BLOCK == 0 and n % COLUMNS == 0 and k % groups == 0 and (groups == 1 or k // groups % HALF == 0)
 
 
 def _kernel(

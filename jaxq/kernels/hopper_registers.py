@@ -30,7 +30,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 
-COLUMNS, DEPTH = 128, 64  # of a warpgroup's tile: columns of the weight, and rows of its packed bytes
+from jaxq.kernels.gpu import COLUMNS
+
+DEPTH = 64  # rows of packed bytes in a warpgroup's tile of COLUMNS columns
 BYTES = plgpu.Layout.TILED(
     plgpu.Tiling(((8, 128), (8, 32), (2, 4))), warp_dims=(-5,), lane_dims=(-3, -4), vector_dim=-1
 )

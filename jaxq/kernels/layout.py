@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 256
+HALF = BLOCK // 2
 WIDTHS = (8, 4, 2, 1)
 
 
@@ -47,6 +48,11 @@ def plane_rows(k: int, width: int) -> int:
     """How many bytes a plane of `width` bits has for `k` codes."""
     parts = 8 // width
     return k // BLOCK * BLOCK // parts + -(-(k % BLOCK) // parts)
+
+
+def fits(k: int, groups: int) -> bool:
+    """Whether kernels for 4-bit codes take K channels in so many groups: whole blocks, and groups of whole halves."""
+    return k % BLOCK == 0 and k % groups == 0 and (groups == 1 or k // groups % HALF == 0)
 
 
 def can_split(k: int, bits: int, parts: int) -> bool:

@@ -31,9 +31,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxq.kernels.carrier import Carrier
-from jaxq.kernels.layout import BLOCK
+from jaxq.kernels.layout import HALF, fits
 
-HALF = BLOCK // 2
 X_BYTES, W_BYTES = 3 << 20, 1 << 20  # a block of x and of weights; each is in fast memory twice
 VMEM = 48 << 20
 
@@ -173,11 +172,6 @@ def plain_packed_matmul(operands: Operands, carrier: Carrier, *, dtype: Any = jn
         part = part * rows.T[:, :, None]
     total = part.sum(0)
     return (total if bias is None else total + bias).astype(dtype)
-
-
-def fits(k: int, groups: int) -> bool:
-    """Whether the kernel takes K channels in so many groups: whole blocks of 256, and groups in multiples of 128."""
-    return k % BLOCK == 0 and k % groups == 0 and (groups == 1 or k // groups % HALF == 0)
 
 
 def _check(x: jax.Array, w: jax.Array, scale: jax.Array) -> None:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq.contraction import dynamic_grid
-from jaxq.formats import Format, Int, decode, divide, fake_quant
+from jaxq.formats import Float, Format, Int, decode, divide, fake_quant
 from jaxq.formats.floating import layout, power_of_two
 from jaxq.qtensor import Granularity, Grid, QTensor, pytree, static
 
@@ -56,6 +56,12 @@ class Integers:
     @property
     def centered(self) -> jax.Array:
         return self.values if self.center is None else self.values + self.center.astype(self.values.dtype)
+
+
+def element_scale(w: Integers, fmt: Int | Float, columns: int) -> jax.Array:
+    """The scales [1, columns] of a weight's elements, which are those of its integers but for a float's unit."""
+    scale = jnp.broadcast_to(jnp.float32(1) if w.scale is None else w.scale, (1, columns))
+    return scale * jnp.float32(2.0 ** (fmt.bias - 1 + fmt.mantissa_bits)) if isinstance(fmt, Float) else scale
 
 
 def weight_integers(leaf: QTensor) -> Integers:

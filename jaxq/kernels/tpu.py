@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxq.formats import Float, Format, Int
 from jaxq.kernels.carrier import Carrier, float_carrier, int8_carrier
 from jaxq.kernels.devices import device_kind
-from jaxq.kernels.packed_matmul import Operands, fits, packed_matmul
-from jaxq.kernels.plain import Integers
+from jaxq.kernels.layout import fits
+from jaxq.kernels.packed_matmul import Operands, packed_matmul
+from jaxq.kernels.plain import Integers, element_scale
 
 # The e4m3 of the matrix units, by `jax.Device.device_kind`. Where it is e4m3fn, two of them are multiplied at twice
 # the rate of bfloat16; the older ones multiply bfloat16 by any float of 8 bits at the rate of bfloat16.
@@ -103,13 +104,10 @@ def packed_product(
     def stacked(parts: list, length: int) -> jax.Array:
         return jnp.stack([jnp.broadcast_to(jnp.asarray(part).astype(dtype).reshape(-1), length) for part in parts])
 
-    scale = jnp.broadcast_to(jnp.float32(1) if w.scale is None else w.scale, (1, n))
-    if isinstance(fmt, Float):
-        scale = scale * jnp.float32(2.0 ** (fmt.bias - 1 + fmt.mantissa_bits))  # of elements, not of their units
     operands = Operands(
         values,
         codes,
-        scale,
+        element_scale(w, fmt, n),
         rows=None if x.scale is None else jnp.broadcast_to(x.scale, (m, 1)),
         left=stacked(left, m)[:, :, None] if left else None,
         right=stacked(right, n)[:, None] if right else None,

@@ -1,11 +1,6 @@
 """The Hopper kernel: its meaning, when it is chosen, what it compiles to, and that run in numpy (`ptx.py`)."""
 
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +13,10 @@ import jaxq
 from jaxq.formats import Float, Int
 from jaxq.kernels.layout import pack_codes
 from tests.kernels import ptx
+from tests.kernels.ahead import rows_of
 
 hopper = pytest.importorskip("jaxq.kernels.hopper_matmul", reason="this jaxlib has no Mosaic GPU", exc_type=ImportError)
 
-ROOT = Path(__file__).resolve().parents[2]
 FORMATS = {
     "int4": Int(4),
     "uint4": Int(4, symmetric=False),
@@ -33,14 +28,6 @@ MISSING = [
     name for name in ("jax_cuda13_plugin", "nvidia.cu13") if not (find_spec(name.split(".")[0]) and find_spec(name))
 ]
 compiles = pytest.mark.skipif(bool(MISSING), reason=f"no GPU compiler ({MISSING}): pip install 'jaxq[gpu-aot]'")
-
-
-def compiled(*arguments: str) -> list[dict]:
-    """The rows of the experiment's table, from a process of its own: options are read once."""
-    command = [sys.executable, str(ROOT / "experiments" / "gpu_compiled.py"), "--json", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def check(row: dict) -> None:
@@ -117,7 +104,9 @@ def test_misfits_name_what_was_found():
     ],
 )
 def test_the_compiled_kernel_run_in_numpy_is_exact(name, m, k, n, tmp_path):
-    (row,) = compiled("--kernels", name, "--rows", str(m), "--shapes", f"{k}x{n}", "--keep", str(tmp_path))
+    (row,) = rows_of(
+        "gpu_compiled.py", "--kernels", name, "--rows", str(m), "--shapes", f"{k}x{n}", "--keep", str(tmp_path)
+    )
     check(row)
     fmt, groups = FORMATS[name.removesuffix("_g128")], k // 128 if name.endswith("g128") else 1
     rows, warpgroups, splits = row["tile"]
@@ -134,7 +123,7 @@ def test_the_compiled_kernel_run_in_numpy_is_exact(name, m, k, n, tmp_path):
 @compiles
 @pytest.mark.slow
 def test_all_kernels_compile():
-    rows = compiled("--rows", "1", "16", "256", "4096")
+    rows = rows_of("gpu_compiled.py", "--rows", "1", "16", "256", "4096")
     assert len(rows) == 40
     for row in rows:
         check(row)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kernels.ahead import rows_of
+
 pytestmark = pytest.mark.skipif(
     find_spec("libtpu") is None, reason="the TPU's compiler is not installed: pip install 'jaxq[tpu-aot]'"
 )
@@ -21,14 +17,6 @@ PUSHED = {  # what the matrix units hold: the weights' carriers
     "float": {"v5e": "bf8.bf16", "v6e": "bf8.bf16", "v7x": "f8e5m2"},
     "e2m1_a4": {"v5e": "bf8.bf16", "v6e": "bf8.bf16", "v7x": "f8e4m3"},
 }
-
-
-def compiled(*arguments: str) -> list[dict]:
-    """The table's rows, from a process of its own: libtpu reads its options once."""
-    command = [sys.executable, str(ROOT / "experiments" / "tpu_compiled.py"), "--json", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def check(row: dict) -> None:
@@ -56,14 +44,14 @@ def slack(name: str, target: str, rows: int) -> float:
 
 
 def test_one_kernel_compiles():
-    (row,) = compiled("--targets", "v6e", "--kernels", "e2m1_a16", "--rows", "1")
+    (row,) = rows_of("tpu_compiled.py", "--targets", "v6e", "--kernels", "e2m1_a16", "--rows", "1")
     check(row)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e", "v6e", "v7x"])
 def test_all_kernels_compile(target):
-    rows = compiled("--targets", target, "--rows", "16", "256")
+    rows = rows_of("tpu_compiled.py", "--targets", target, "--rows", "16", "256")
     assert len(rows) == 26
     for row in rows:
         check(row)
