@@ -33,8 +33,12 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def same_tree(a: Any, b: Any) -> bool:
-    same = jax.tree.map(lambda x, y: jnp.result_type(x) == jnp.result_type(y) and np.array_equal(x, y), a, b)
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(jax.tree.leaves(same))
+    def same(x: Any, y: Any) -> bool:
+        if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+            return same(jax.random.key_data(x), jax.random.key_data(y))
+        return jnp.result_type(x) == jnp.result_type(y) and np.array_equal(x, y)
+
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(jax.tree.leaves(jax.tree.map(same, a, b)))
 
 
 def no_table(p, x):
