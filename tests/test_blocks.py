@@ -180,6 +180,7 @@ def calibrated(s, recipe):
     return jaxq.calibrate(s.forward, s.params, [s.inputs], recipe)
 
 
+@pytest.mark.slow
 def test_each_expert_has_a_tensor_scale_of_its_own():
     recipe = jaxq.quantize(jaxq.nvfp4(), None)
     batched, ragged = bare.vmapped_experts(), bare.ragged()
@@ -211,6 +212,7 @@ def transformer(p, t):
     return x @ p["head"]
 
 
+@pytest.mark.slow
 def test_a_model_is_close_in_each_and_closer_with_more_bits():
     """E4M3 and E2M3 have the same mantissa: where a block has no outliers MXFP8 gains nothing on MXFP6."""
     errors = {}

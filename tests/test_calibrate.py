@@ -79,7 +79,9 @@ def padded() -> tuple[dict, list[jax.Array], jax.Array, jax.Array]:
     return params, samples, batch, jnp.arange(8)[None] < jnp.array(LENGTHS)[:, None]
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["one batch", "microbatches"])
+@pytest.mark.parametrize(
+    "split", [pytest.param(False, marks=pytest.mark.slow), True], ids=["one batch", "microbatches"]
+)
 def test_padding_changes_nothing(split):
     """Ranges and scales are those of the samples without padding, attention's operands in heads layouts included."""
     params, samples, batch, mask = padded()

@@ -148,6 +148,7 @@ def test_each_model_has_its_own_measure(opt, bert, text, pairs, tmp_path):
         refused(run("eval", bert, *given, code=1), "--perplexity", "--sts")
 
 
+@pytest.mark.slow
 def test_a_classifier_of_sentences(opt, recipe, text, tmp_path):
     model = write_model(tmp_path / "model", BERT, architectures=["BertForSequenceClassification"])
     rows = tmp_path / "rows.tsv"

@@ -18,6 +18,7 @@ SHARED = (Path(__file__).resolve().parents[2] / "shared/models").resolve()
 FAMILIES = {config["model_type"]: config for config in (OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3)}
 PROMPTS = np.random.default_rng(0).integers(0, 1024, (2, 9), np.int32)
 FAMILIES["opt, norms after"] = OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 8}
+SOME = [name if name in ("opt", "llama") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 COUNT = 10
 KINDS = ("float32", "bf16", "int8", "fp8")
 ALL = jaxq.quantize(weights=jaxq.Int(8), activations=jaxq.Int(8), attention=jaxq.Int(8))
@@ -71,7 +72,7 @@ def test_as_the_whole_function(family):
     assert found.tokens.dtype == np.int32 and min(found.prefill, found.decode, found.compilation) > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_as_the_whole_quantized_function(family):
     """Weights, activations and attention's operands: what was calibrated on `forward` is found in `step`."""
     model, q = tiny(family), quantized(family)
@@ -93,7 +94,14 @@ def test_the_same_sites(family, kind):
         assert {(row.path, row.group, row.kind) for row in found} == wanted
 
 
-@pytest.mark.parametrize("name, limit", [("stdlib-opt", 0.05), ("opt", 0.1), ("mistral", 0.5)])
+@pytest.mark.parametrize(
+    "name, limit",
+    [
+        pytest.param("stdlib-opt", 0.05, marks=pytest.mark.slow),
+        ("opt", 0.1),
+        pytest.param("mistral", 0.5, marks=pytest.mark.slow),
+    ],
+)
 def test_caches_of_few_bits(name, limit):
     """The fewer bits, the farther from the whole function; but not far. Random weights amplify it, Mistral's most."""
     if name == "stdlib-opt":
@@ -200,7 +208,7 @@ def test_an_encoder():
 @pytest.mark.parametrize(
     "name",
     [
-        "stdlib-opt",
+        pytest.param("stdlib-opt", marks=pytest.mark.slow),
         pytest.param("opt-tinystories-trained-here", marks=pytest.mark.slow),
         "llama-stories260k",
         pytest.param("bloom-tinystories-trained-here", marks=pytest.mark.slow),

@@ -195,7 +195,7 @@ def test_float_search(keys, want, monkeypatch):
             lambda: post_shifted_fp4(4, 4, 4, search=SHORTER),
             marks=pytest.mark.slow,
         ),
-        ([{"name": "fpq_baseline"}], lambda: fpq_baseline(4, 4, 4, search=SHORTER)),
+        pytest.param([{"name": "fpq_baseline"}], lambda: fpq_baseline(4, 4, 4, search=SHORTER), marks=pytest.mark.slow),
         (
             [{"name": "channel_shift"}, {"name": "llm_fp4"}],
             lambda: chain(channel_shift(), llm_fp4(4, 4, 4, search=SHORTER)),

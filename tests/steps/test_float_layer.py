@@ -32,10 +32,10 @@ def lost(s: Specimen, q: jaxq.Quantized) -> float:
 
 
 KINDS = [
-    bare.einsum_heads_in,  # a contraction over two axes, as attention's output projection
     control.scan_stacked,
 ]
-RELATIVES = [  # of these, and a convolution
+RELATIVES = [  # of this, a convolution, and a contraction over two axes, as attention's output projection
+    bare.einsum_heads_in,
     bare.conv2d_nhwc,
     bare.vmapped_experts,
     bare.transposed,
