@@ -270,6 +270,7 @@ def test_exported_and_read_again(kind):
     np.testing.assert_array_equal(again.call(q, X), exported.call(q, X))
 
 
+@pytest.mark.slow
 def test_attention_and_tables():
     def f(p, t):
         x = p["embed"][t]

@@ -440,7 +440,7 @@ def random_step(shift: bool = True) -> Step:
 
 
 @pytest.mark.parametrize("propagate", ["quantized", "full_precision"])
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_calibration_with_transforms_alone_keeps_the_function(propagate, scanned):
     def f(p, t):
         x = p["embed"][t]

@@ -229,6 +229,7 @@ def test_vmap_and_eager(quantized):
     np.testing.assert_allclose(run(packed, X), run(quantized, X), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_transposed_weight_and_several_readers():
     """Tied: one leaf, looked up by rows, multiplied by its transpose and as it is; heads split by a reshape."""
 

@@ -48,6 +48,7 @@ def test_sites(model):
             assert row.scale_into == row.shift_into == () and "residual" in row.scale_reason
 
 
+@pytest.mark.slow
 def test_padding_enters_no_statistic(model):
     numbers = jaxq.quantize(jaxq.per_channel(jaxq.Int(8)), jaxq.per_tensor(jaxq.Int(8, symmetric=False)))
     recipe = jaxq.skip(["embed*"], jaxq.chain(jaxq.os_plus(), numbers))

@@ -75,7 +75,9 @@ class TestLoad:
                 base = base.base
             assert isinstance(base, np.memmap)
 
-    @pytest.mark.parametrize("name", ("opt", "mistral", "bloom"))
+    @pytest.mark.parametrize(
+        "name", (pytest.param("opt", marks=pytest.mark.slow), pytest.param("mistral", marks=pytest.mark.slow), "bloom")
+    )
     @pytest.mark.parametrize("stored", (pytest.param(np.float16, marks=pytest.mark.slow), ml_dtypes.bfloat16))
     def test_half_precision_is_promoted_unless_asked_for(self, stored, name, tmp_path):
         model = load(GOLDEN / name)

@@ -250,7 +250,7 @@ class Replay:
         np.testing.assert_allclose(mse, self["mse"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("legal", [True, False], ids=["n_bits", "published"])
+@pytest.mark.parametrize("legal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["n_bits", "published"])
 @pytest.mark.parametrize("case", ["baseline_w4a4e2", "fpq_w4a4e2", pytest.param("fpq_w6a6e3", marks=pytest.mark.slow)])
 def test_every_step_of_the_published_search(case: str, legal: bool) -> None:
     Replay(case, legal).rounds()
