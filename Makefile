@@ -15,7 +15,7 @@ test: $(DEV)
 	$(BIN)/pytest -n 2
 
 test-slow: $(DEV) $(MINILM)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow or hypothesis" --hypothesis-profile thorough
 
 # The TPU's compiler, for Linux on x86-64: with it `make test` compiles the kernels for TPUs, too.
 tpu-aot: $(TPU_AOT)

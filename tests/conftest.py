@@ -16,7 +16,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # The first example of a property compiles, the others do not: a deadline for each would only measure XLA.
-settings.register_profile(
-    "jaxq", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+usual = settings(
+    deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow], max_examples=20
 )
+settings.register_profile("jaxq", usual)
+settings.register_profile("thorough", usual, max_examples=200)
 settings.load_profile("jaxq")

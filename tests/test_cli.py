@@ -342,7 +342,11 @@ def test_debug_shows_the_traceback():
 
 @pytest.mark.parametrize(
     "more",
-    [pytest.param((), marks=pytest.mark.slow), ("--packed",), ("--cache", "int8", "--temperature", 0.5, "--seed", 3)],
+    [
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("--packed",), marks=pytest.mark.slow),
+        ("--cache", "int8", "--temperature", 0.5, "--seed", 3),
+    ],
 )
 def test_generate(opt, recipe, text, tmp_path, more):
     quantize(opt, recipe, text, tmp_path / "out")
@@ -393,6 +397,7 @@ def test_killed_while_saving(opt, recipe, text, tmp_path):
     assert (out / "jaxq.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_killed_calibration_is_resumed(opt, text, tmp_path):
     recipe, kept = tmp_path / "os_plus.yaml", tmp_path / "kept"
     recipe.write_text(yaml.safe_dump(RECIPE | {"method": {"name": "os_plus", "search": "fast"}}), "utf-8")

@@ -145,8 +145,8 @@ def with_published_grids(z, quantized: jaxq.Quantized, layers: str, names: dict[
     return replace(quantized, inputs=inputs)
 
 
-# One of each family here; the others are OPT at fewer bits.
-SLOW = ("e2e_opt_int5_token", "e2e_opt_int4_group16")
+# OPT and BLOOM per tensor are quick enough.
+SLOW = ("e2e_opt_int5_token", "e2e_opt_int4_group16", "e2e_llama_int4_token")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in CASES])

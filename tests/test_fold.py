@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -252,6 +252,7 @@ def test_identities_on_the_way_do_not_hide_the_producer():
     check(f, params, X, shift=False, plain=True, tol=3e-2)
 
 
+@pytest.mark.slow
 def test_heads_of_every_layout_fold_into_their_producer():
     """value projection [c, h, d] -> elementwise -> output projection [h, d, c]."""
 
@@ -556,7 +557,6 @@ def random_program(ops: list[Op]) -> tuple[Any, dict]:
     return forward, {**params, "last": linear_params(77, 8, 8)}
 
 
-@settings(max_examples=40)
 @given(st.lists(OPS, min_size=1, max_size=7), st.booleans(), st.integers(0, 1000))
 def test_random_programs_keep_their_function(ops, shift, seed):
     forward, params = random_program(ops)

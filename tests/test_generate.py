@@ -73,6 +73,7 @@ def test_as_the_whole_function(family):
 
 
 @pytest.mark.parametrize("family", SOME)
+@pytest.mark.slow
 def test_as_the_whole_quantized_function(family):
     """Weights, activations and attention's operands: what was calibrated on `forward` is found in `step`."""
     model, q = tiny(family), quantized(family)
@@ -98,7 +99,7 @@ def test_the_same_sites(family, kind):
     "name, limit",
     [
         pytest.param("stdlib-opt", 0.05, marks=pytest.mark.slow),
-        ("opt", 0.1),
+        pytest.param("opt", 0.1, marks=pytest.mark.slow),
         pytest.param("mistral", 0.5, marks=pytest.mark.slow),
     ],
 )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxq
@@ -22,7 +22,6 @@ SHAPES = st.sampled_from(
 FORMATS = st.builds(jaxq.Int, st.integers(2, 8), st.booleans())
 
 
-@settings(max_examples=20)
 @given(SHAPES, FORMATS)
 def test_one_grid_for_each_output_channel(shape_axes, fmt):
     shape, axes = shape_axes
@@ -37,7 +36,6 @@ def test_one_grid_for_each_output_channel(shape_axes, fmt):
         np.testing.assert_array_equal(grid.zero, zero)
 
 
-@settings(max_examples=20)
 @given(SHAPES, FORMATS)
 def test_one_grid_for_the_tensor(shape_axes, fmt):
     shape, axes = shape_axes
@@ -60,7 +58,6 @@ def test_one_grid_for_each_run_of_channels(shape, axes):
     np.testing.assert_array_equal(grid.scale, grid_from_range(fmt, runs.min(last + 1), runs.max(last + 1))[0])
 
 
-@settings(max_examples=20)
 @given(SHAPES, FORMATS, st.sampled_from([jnp.float32, jnp.bfloat16]))
 def test_codes_stand_for_the_fake_quantized_weight(shape_axes, fmt, dtype):
     """Law 2 for weights, whatever the layout; and what a search tries is what is stored in the end."""

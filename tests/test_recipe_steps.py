@@ -196,9 +196,10 @@ def test_float_search(keys, want, monkeypatch):
             marks=pytest.mark.slow,
         ),
         pytest.param([{"name": "fpq_baseline"}], lambda: fpq_baseline(4, 4, 4, search=SHORTER), marks=pytest.mark.slow),
-        (
+        pytest.param(
             [{"name": "channel_shift"}, {"name": "llm_fp4"}],
             lambda: chain(channel_shift(), llm_fp4(4, 4, 4, search=SHORTER)),
+            marks=pytest.mark.slow,
         ),
         (
             [{"name": "os_plus", "candidates": 5}, {"name": "llm_fp4"}],

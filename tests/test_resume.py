@@ -117,7 +117,15 @@ def assert_same(a: Any, b: Any) -> None:
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-@pytest.mark.parametrize("name", [pytest.param("layers", marks=pytest.mark.slow), "scan", "cond", "run-time shift"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("layers", marks=pytest.mark.slow),
+        pytest.param("scan", marks=pytest.mark.slow),
+        "cond",
+        "run-time shift",
+    ],
+)
 def test_an_interrupted_run_ends_with_the_same(name, tmp_path):
     want, reported = whole(name)
     assert want.transforms and len(want.inputs) > 1

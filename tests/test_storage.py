@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxq import storage
@@ -120,7 +120,6 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=40)
 @given(tree=TREES)
 def test_any_tree_survives(tree, tmp_path_factory):
     path = tmp_path_factory.mktemp("storage") / "model"

@@ -92,6 +92,7 @@ def model():
 class TestClassify:
     TEXTS = ("def add", "class Thing:\n    name = 'x'" * 3, "return a", "for i in range(10)", "x")
 
+    @pytest.mark.slow
     def test_accuracy(self, model):
         expected = []
         for text in self.TEXTS:

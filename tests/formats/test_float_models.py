@@ -74,7 +74,10 @@ def test_more_bits_and_searched_ranges_are_closer(quantized):
     assert (lost(mse()) <= lost(min_max())).all() and lost(mse()).sum() < lost(min_max()).sum()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+QUICK = ("E4M3 tensor", "any split")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in RECIPES])
 def test_transformed_saved_and_exported(name, quantized, tmp_path):
     q, run = quantized[name], jaxq.execute(mlp)
     want = run(q, X)

@@ -128,7 +128,7 @@ def test_sites(model):
 @pytest.mark.parametrize(
     "recipe",
     [
-        jaxq.chain(jaxq.os_plus(), SIX),
+        pytest.param(jaxq.chain(jaxq.os_plus(), SIX), marks=pytest.mark.slow),
         jaxq.chain(jaxq.smooth_quant(), SIX),
         pytest.param(jaxq.chain(channel_shift(), LLM_FP4), marks=pytest.mark.slow),
     ],
