@@ -2,15 +2,18 @@
 
     python experiments/bench_float_search.py [--repeats 3] [--skip-torch]
 
-A layer of 768x768 reading 8x128 tokens, W4A4, 3 rounds, 3 formats, 100 candidates. The loops follow the published
-order and candidates, with the number of codes repaired (16, not 17). Also: the weights' search at 64 times the tokens,
-and the memory that the search takes beside its arguments, as XLA plans it. Needs PyTorch.
+A layer of 768x768 reading 8x128 tokens, W4A4, 3 rounds, 3 formats, 100 candidates. Both loops in PyTorch follow the
+published order and candidates, with the number of codes repaired (16, not 17), and end with the same choices: one tries
+candidate after candidate, the other is organised as the published code is, with all candidates in one array and its
+results cut into one piece an output channel. Also: the weights' search at 64 times the tokens, and the memory that the
+search takes beside its arguments, as XLA plans it. Needs PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from statistics import median
 
 import jax
@@ -60,30 +63,70 @@ def torch_bias(width, e: int, m: int):
     return 2**e - 1 - torch.log2(width) + float(np.log2(2 - 2.0**-m))
 
 
-def torch_search(x, w, rounds: int = 3):
+def each_weight(x_hat, w, y, f, biases):
+    """The error of each candidate and output channel, [candidates, out], one candidate after the other."""
+    import torch
+
+    return torch.stack([((x_hat @ torch_quantized(w, *f, bias).T - y) ** 2).mean(0) for bias in biases])
+
+
+def each_input(activation, w_hat, y, candidates):
+    """The error of each candidate for the tensor's bias, [candidates], one after the other."""
+    import torch
+
+    return torch.stack([((activation(r) @ w_hat.T - y) ** 2).mean() for r in candidates])
+
+
+def all_weights(x_hat, w, y, f, biases):
+    """As `each_weight`, organised as published: products with all candidates at once, [tokens, candidates * out], cut
+    into candidates and these into output channels, each time with a copy."""
+    import torch
+
+    w_hat = torch_quantized(w[None], *f, biases)
+    out = torch.nn.functional.linear(x_hat, w_hat.view(-1, w.shape[1]))
+    out = torch.cat(torch.chunk(out.unsqueeze(-2), len(biases), -1), -2)
+    out = torch.cat(torch.chunk(out.unsqueeze(-2), len(w), -1), -2)
+    target = torch.cat(torch.chunk(y[:, None, None], len(w), -1), -2)
+    return ((target - out) ** 2).mean(-1).mean(0)
+
+
+def all_inputs(activation, w_hat, y, candidates):
+    """As `each_input`, organised as published: the activation for all candidates, [tokens, channels, candidates], which
+    moves to [tokens, candidates, channels]."""
+    import torch
+
+    x_hat = activation(candidates, lambda a: torch.cat(torch.chunk(a.unsqueeze(-2), a.shape[-1], -1), -2))
+    out = torch.nn.functional.linear(x_hat.permute(0, 2, 1).contiguous(), w_hat)
+    return ((y[:, None] - out) ** 2).mean(-1).mean(0)
+
+
+def torch_search(x, w, weights_errors, inputs_errors, rounds: int = 3):
     """The best weights and activations, quantized, by the published rounds."""
     import torch
 
     y = x @ w.T
     rows = {f: torch_bias(w.abs().amax(1, keepdim=True), *f) for f in FORMATS}
     channels = {f: torch_bias(x.abs().amax(0), *f) for f in FORMATS}
+    gammas = torch.tensor(GAMMAS)
 
-    def activation(f, r):
-        k = torch.clamp(torch.round(channels[f]) - torch.round(r), 0, 2 ** f[0] - 1)
-        return torch_quantized(x, *f, r + k)
+    def activation(f, r, spread=None):
+        """With the tensor's bias r; or several in a last axis, where `spread` gives channels an axis of their own."""
+        bias, values = (channels[f], x) if spread is None else (channels[f][:, None], spread(x))
+        k = torch.clamp(torch.round(bias) - torch.round(r), 0, 2 ** f[0] - 1)
+        return torch_quantized(values, *f, r + k)
 
     state_w, state_x = ((2, 1), rows[2, 1]), ((2, 1), channels[2, 1].amin())
     for _ in range(rounds):
         best_w, best_x = {}, {}
-        x_hat = activation(*state_x)
         for f in FORMATS:
-            errors = torch.stack([((x_hat @ torch_quantized(w, *f, g * rows[f]).T - y) ** 2).mean(0) for g in GAMMAS])
-            best_w[f] = torch.tensor(GAMMAS)[errors.argmin(0)][:, None] * rows[f]
+            errors = weights_errors(activation(*state_x), w, y, f, gammas[:, None, None] * rows[f])
+            best_w[f] = gammas[errors.argmin(0)][:, None] * rows[f]
         w_hat = torch_quantized(w, *state_w[0], state_w[1])
         for f in FORMATS:
-            r = channels[f].amin()
-            errors = torch.stack([((activation(f, g * r) @ w_hat.T - y) ** 2).mean() for g in GAMMAS])
-            best_x[f] = GAMMAS[int(errors.argmin())] * r
+            candidates = gammas * channels[f].amin()
+            errors = inputs_errors(partial(activation, f), w_hat, y, candidates)
+            best_x[f] = candidates[errors.argmin()]
+        x_hat = activation(*state_x)
         by_w = [((x_hat @ torch_quantized(w, *f, best_w[f]).T - y) ** 2).mean() for f in FORMATS]
         f = FORMATS[int(torch.stack(by_w).argmin())]
         state_w = f, best_w[f]
@@ -92,6 +135,12 @@ def torch_search(x, w, rounds: int = 3):
         f = FORMATS[int(torch.stack(by_x).argmin())]
         state_x = f, best_x[f]
     return torch_quantized(w, *state_w[0], state_w[1]), activation(*state_x)
+
+
+LOOPS = {
+    "PyTorch, one by one": (each_weight, each_input),
+    "PyTorch, as published": (all_weights, all_inputs),
+}
 
 
 # Ours -----------------------------------------------------------------------------------------------------------------
@@ -120,7 +169,8 @@ def timed(f, *args):
 def compare(repeats: int, with_torch: bool) -> None:
     given = layer()
     searches = {"default": FloatSearch(), "exhaustive": FloatSearch(method=jaxq.exhaustive(), tokens=None)}
-    seconds: dict[str, list[float]] = {name: [] for name in (*searches, "PyTorch loops")}
+    loops = LOOPS if with_torch else {}
+    seconds: dict[str, list[float]] = {name: [] for name in (*searches, *loops)}
     errors: dict[str, float] = {}
     for search in searches.values():
         ours(search, given)  # compile
@@ -128,23 +178,23 @@ def compare(repeats: int, with_torch: bool) -> None:
         for name, search in searches.items():
             t, errors[name] = timed(ours, search, given)
             seconds[name].append(t)
-        if with_torch and i == 0:
+        for name, by in loops.items() if i == 0 else ():
             import torch
 
             torch.set_num_threads(2)
             x, w = (torch.tensor(a) for a in (np.asarray(given.x).reshape(-1, WIDTH), np.asarray(given.ws[0])))
-            t, (w_hat, x_hat) = timed(torch_search, x, w)
-            seconds["PyTorch loops"].append(t)
+            t, (w_hat, x_hat) = timed(torch_search, x, w, *by)
+            seconds[name].append(t)
             y = x @ w.T
-            errors["PyTorch loops"] = float(((x_hat @ w_hat.T - y) ** 2).sum() / (y**2).sum())
+            errors[name] = float(((x_hat @ w_hat.T - y) ** 2).sum() / (y**2).sum())
     for name, found in errors.items():
         t = median(seconds[name])
-        ratio = median(seconds["PyTorch loops"]) / t if with_torch else float("nan")
-        print(f"{name:14} {t:7.2f} s   {ratio:6.1f}x   relative output error {found:.5f}", flush=True)
+        ratios = "   ".join(f"{median(seconds[of]) / t:6.1f}x of {of}" for of in loops)
+        print(f"{name:22} {t:7.2f} s   relative output error {found:.5f}   {ratios}", flush=True)
 
 
 def tokens(repeats: int) -> None:
-    """The weights' search alone and with its sums over tokens, at 1 and 64 times the tokens."""
+    """The weights' search, with its sums over tokens and without, at 1 and 64 times the tokens."""
     x_fmt, how = FLOAT4, FloatSearch()
 
     @jax.jit
@@ -156,19 +206,21 @@ def tokens(repeats: int) -> None:
     def search(problem):
         return search_grids(problem, FLOAT4, how.clips, jaxq.exhaustive(), output_error, False, how.budget)
 
+    @jax.jit
+    def both(w, x):
+        return search(sums(w, x))
+
     times: dict[tuple[str, int], list[float]] = {}
     given = {n: layer(BATCHES * n) for n in (1, 64)}
+    problems = {n: sums(it.ws[0], it.x) for n, it in given.items()}
     for _ in range(repeats + 1):
         for n, it in given.items():
-            t_sums, problem = timed(sums, it.ws[0], it.x)
-            t_search, _ = timed(search, problem)
-            times.setdefault(("sums", n), []).append(t_sums)
-            times.setdefault(("search", n), []).append(t_search)
+            times.setdefault(("search", n), []).append(timed(search, problems[n])[0])
+            times.setdefault(("both", n), []).append(timed(both, it.ws[0], it.x)[0])
     mid = {key: median(t[1:]) for key, t in times.items()}
-    whole = {n: mid["sums", n] + mid["search", n] for n in given}
     print(f"weights, 100 candidates, 64x the tokens: search {mid['search', 64] / mid['search', 1]:.2f}x"
-          f" ({mid['search', 1]:.2f} s), with its sums over tokens {whole[64] / whole[1]:.2f}x"
-          f" ({whole[1]:.2f} s -> {whole[64]:.2f} s)")  # fmt: skip
+          f" ({mid['search', 1]:.2f} s), with its sums over tokens {mid['both', 64] / mid['both', 1]:.2f}x"
+          f" ({mid['both', 1]:.2f} s -> {mid['both', 64]:.2f} s)")  # fmt: skip
 
 
 def memory() -> None:

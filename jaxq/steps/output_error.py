@@ -88,25 +88,35 @@ def weight_problem(
       w: [out, in].
       x: [batches, tokens, in].
       real: [batches, tokens], 0 for padding, else 1.
-      quantized: what the contraction reads in place of one batch of x.
+      quantized: what the contraction reads in place of some tokens of x, [tokens, in].
       blocks: into how many groups the input channels are split.
     """
-    out, n = w.shape[0], w.shape[1] // blocks
+    (out, channels), n = w.shape, w.shape[1] // blocks
+    direct = 2 * out < channels  # W (X - X_hat)' X_hat by two products a batch, or by one and W at the end
 
     def accumulate(sums: tuple, batch: tuple) -> tuple[tuple, None]:
-        hessian, gradient, energy = sums
+        hessian, slope, energy = sums
         x, valid = batch
         x_hat = quantized(x) * valid[:, None]
         x = x * valid[:, None]
         split = x_hat.reshape(-1, blocks, n)
         hessian += jnp.einsum("tbi,tbj->bij", split, split)
-        gradient += ((x - x_hat) @ w.T).T @ x_hat
-        return (hessian, gradient, energy + jnp.square(x @ w.T).sum(0)), None
+        lost = x - x_hat
+        slope += (lost @ w.T if direct else lost).T @ x_hat
+        return (hessian, slope, energy + jnp.square(x @ w.T).sum(0)), None
 
-    start = jnp.zeros((blocks, n, n)), jnp.zeros((out, w.shape[1])), jnp.zeros(out)
-    (hessian, gradient, energy), _ = jax.lax.scan(accumulate, start, (x, real))
+    start = jnp.zeros((blocks, n, n)), jnp.zeros((out if direct else channels, channels)), jnp.zeros(out)
+    (hessian, slope, energy), _ = jax.lax.scan(accumulate, start, (_merged(x), _merged(real)))
+    gradient = slope if direct else w @ slope
     energy = jnp.broadcast_to(energy, (blocks, out))
     return Problem(blocks_of(w, blocks), hessian, blocks_of(gradient, blocks), energy, jnp.ones(out))
+
+
+def _merged(a: jax.Array, tokens: int = 1024) -> jax.Array:
+    """[batches, tokens, ...] with as many batches in one as make `tokens` at most: products of few tokens are slow."""
+    count, each = a.shape[:2]
+    several = max(k for k in range(1, count + 1) if count % k == 0 and (k == 1 or k * each <= tokens))
+    return a.reshape(count // several, several * each, *a.shape[2:])
 
 
 def activation_problem(
