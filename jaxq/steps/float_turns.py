@@ -51,8 +51,8 @@ class FloatSearch:
       metric: `output_error`, `cosine` or `diagonal_hessian`.
       tokens: how many tokens, evenly spaced, the activations' search looks at (their ranges and the weights' search see
         all of them); None is all.
-      budget: bytes that it may take beside the layer's own arrays. What it holds throughout (vectors, gradients, results)
-        is some six times the weight that is searched: below that a smaller budget changes nothing.
+      budget: bytes that it may take beside the layer's own arrays. What it holds throughout (vectors, gradients,
+        results) is some five times the weight that is searched: below that a smaller budget changes nothing.
 
     Raises:
       ValueError: fewer than one round.
