@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from orbax.checkpoint import v1 as ocp
 from typer.testing import CliRunner
 
 from jaxq import storage
@@ -330,7 +331,7 @@ def test_full_disk(opt, recipe, text, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out"))
 
-    monkeypatch.setattr(storage.ocp, "save", full)
+    monkeypatch.setattr(ocp, "save", full)
     refused(quantize(opt, recipe, text, tmp_path / "out", code=1), "No space left on device", "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml", "text.txt"], "nothing half-written is left"
 

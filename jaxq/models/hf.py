@@ -20,6 +20,8 @@ from jaxq.models.family import Family
 EMBEDDED = Path(__file__).parent / "embedded"
 DOWNLOADED = ["model*.safetensors", "model.safetensors.index.json", "*.json", "tokenizer*", "merges.txt", "vocab.txt"]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+# Classes of tokenizers that are all in tokenizer.json.
+PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 HALF = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 PREPROCESSOR = "preprocessor_config.json"
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -48,7 +50,7 @@ def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
         made.step,
         made.kept,
         params,
-        _tokenizer(directory),
+        read_tokenizer(directory),
         read_preprocessor(directory),
     )
 
@@ -138,12 +140,16 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
-def _tokenizer(directory: Path) -> Any:
+def read_tokenizer(directory: Path) -> Any:
+    """The directory's transformers tokenizer; None without one, ValueError if its files are damaged."""
     if not any((directory / file).exists() for file in TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer  # seconds to import
-
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    settings = directory / "tokenizer_config.json"
+    if settings.exists() and _read_json(settings).get("tokenizer_class") in PLAIN_TOKENIZERS:
+        from transformers import PreTrainedTokenizerFast as Tokenizer
+    else:
+        from transformers import AutoTokenizer as Tokenizer  # imports PyTorch, where that is installed: seconds
+    return Tokenizer.from_pretrained(directory, local_files_only=True)
 
 
 def _leaf_dtype(stored: np.dtype, asked: Any) -> np.dtype:
