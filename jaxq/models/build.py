@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -104,7 +104,7 @@ def build(config: Mapping[str, Any], source: str) -> Functions:
     """
     module = _module(config, source)
     try:
-        network = nnx.eval_shape(lambda: module(nnx.Rngs(0)))
+        network = nnx.eval_shape(lambda: module(cast(nnx.Rngs, _OneKey())))
     except KeyError as error:
         raise ValueError(f"{source}: the configuration has no {error}") from error
     graph, state = nnx.split(network)
@@ -122,6 +122,13 @@ def build(config: Mapping[str, Any], source: str) -> Functions:
         return decoder.step(tokens, caches, position)
 
     return Functions(family, forward, step, getattr(network, "kept", ()), layout)
+
+
+class _OneKey:
+    """In place of `nnx.Rngs`, whose counters take time that grows with the square of the layers under tracing."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
 
 
 def flat(params: Params) -> dict[str, Any]:

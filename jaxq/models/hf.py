@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,7 +42,9 @@ def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
     config = _read_json(directory / "config.json")
     made = build(config, str(directory / "config.json"))
     params = _import(made.layout, FAMILIES[made.family], read_tensors(directory), directory)
-    params = jax.tree.map(lambda leaf: _converted(leaf, _leaf_dtype(leaf.dtype, dtype)), params)
+    with ThreadPoolExecutor() as pool:
+        leaves = pool.map(lambda leaf: _converted(leaf, _leaf_dtype(leaf.dtype, dtype)), jax.tree.leaves(params))
+        params = jax.tree.unflatten(jax.tree.structure(params), leaves)
     return Model(
         str(name_or_dir),
         made.family,
