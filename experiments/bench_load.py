@@ -97,8 +97,7 @@ def loading(gigabytes: float, repeats: int) -> None:
                     found.append((float(out[-2]), float(out[-1])))
         (read, _), (seconds, memory) = ([median(column) for column in zip(*found)] for found in runs.values())
         print(
-            f"{stored}, {size / 1e9:.2f} GB, loaded {asked}: peak {memory / size:.2f} times its size"
-            f"{f' ({memory / size / 2:.2f} times that of the float32)' if asked == 'float32' else ''}, {seconds:.2f} s: "
+            f"{stored}, {size / 1e9:.2f} GB, loaded {asked}: peak {memory / size:.2f} times its size, {seconds:.2f} s: "
             f"{seconds / read:.2f} times reading the files ({read:.2f} s, {size / read / 1e9:.1f} GB/s)"
         )
 

@@ -327,6 +327,12 @@ def test_damaged_result(opt, recipe, text, tmp_path):
     refused(run("eval", tmp_path / "out", "--perplexity", text, code=1), "jaxq.json", "not valid JSON")
 
 
+def test_out_under_a_file_is_refused_before_calibration(opt, recipe, text, tmp_path):
+    result = quantize(opt, recipe, text, text / "out", code=1)
+    refused(result, str(text), "no directory")
+    assert "calibrating" not in result
+
+
 def test_full_disk(opt, recipe, text, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out"))

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
-from jaxq import storage
 from jaxq.formats import Int
 from jaxq.pack import pack
 from jaxq.qtensor import Grid, InputQuant, PerGroup, PerTensor, PerToken, QTensor, Quantized, quantize_array

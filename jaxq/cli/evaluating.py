@@ -122,4 +122,5 @@ def sites_command(name: str, out: Path | None) -> None:
 
 def _write(out: Path | None, content: dict[str, Any]) -> None:
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(content, indent=1) + "\n", "utf-8")

@@ -25,6 +25,11 @@ FAMILIES: Mapping[str, Family] = {
     "vit": vit.FAMILY,
     "deit": vit.FAMILY_DEIT,
 }
+SIZES = (
+    *("hidden_size", "intermediate_size", "ffn_dim", "word_embed_proj_dim", "head_dim", "vocab_size"),
+    *("num_hidden_layers", "n_layer", "num_attention_heads", "num_key_value_heads", "n_head"),
+    *("max_position_embeddings", "num_channels"),
+)
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,18 @@ def _module(config: Mapping[str, Any], source: str) -> Callable[[nnx.Rngs], nnx.
             f"{source}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}. "
             "Any other model can be quantized as a function of its parameters: see docs/own_model.md"
         )
+    _check_sizes(config, source)
     return lambda rngs: family.network(dict(config), rngs=rngs)
+
+
+def _check_sizes(config: Mapping[str, Any], source: str) -> None:
+    for key in SIZES:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{source}: {key} is {value!r}; it must be a positive integer")
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads") or config.get("n_head")
+    if width and heads and not config.get("head_dim") and width % heads:
+        raise ValueError(f"{source}: hidden_size {width} does not divide into {heads} attention heads")
 
 
 def _check_structure(params: Params, layout: Params) -> None:

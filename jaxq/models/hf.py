@@ -138,9 +138,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: missing, so {path.parent} is not a Hugging Face model directory")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a {type(content).__name__}, where a JSON object is expected")
+    return content
 
 
 def read_tokenizer(directory: Path) -> Any:
@@ -152,7 +155,13 @@ def read_tokenizer(directory: Path) -> Any:
         from transformers import PreTrainedTokenizerFast as Tokenizer
     else:
         from transformers import AutoTokenizer as Tokenizer  # imports PyTorch, where that is installed: seconds
-    return Tokenizer.from_pretrained(directory, local_files_only=True)
+    try:
+        return Tokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds for damaged files
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {why}); download or copy it again"
+        ) from error
 
 
 def _leaf_dtype(stored: np.dtype, asked: Any) -> np.dtype:
