@@ -1,106 +1,150 @@
-"""Perplexity by jaxq against transformers and PyTorch: the same model, windows and cores.
+"""What a user waits for: `jaxq eval --perplexity` against a script of transformers and PyTorch, as whole processes.
 
-    python experiments/bench_eval.py [--windows 64] [--repeats 3]
+    python experiments/bench_eval.py TEXT MODEL... [--repeats 3]
 
-A random OPT of 6 layers and width 768 on windows of 128 tokens, 8 at a time, from a checkpoint in a temporary folder;
-and a small LLaMA, where what is not matrix products weighs most. Each evaluation is a process of its own, timed from
-the loaded model to the perplexity, so with compilation; the two alternate, and medians are reported. Needs PyTorch.
+Imports, loading, tokenizing, compilation and evaluation count, on the same text, windows and cores; the two alternate,
+and medians are reported. Windows are as long as the model's context; transformers has 8 of them in a batch, jaxq what
+it chooses. A random OPT of 6 layers and width 768, with the tokenizer of the first MODEL, reads a tenth of the text.
+Then where the time goes, of one further run of each. Needs PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-
 OPT = {
     "model_type": "opt", "architectures": ["OPTForCausalLM"], "hidden_size": 768, "num_attention_heads": 12,
-    "num_hidden_layers": 6, "ffn_dim": 3072, "vocab_size": 8192, "max_position_embeddings": 128,
+    "num_hidden_layers": 6, "ffn_dim": 3072, "vocab_size": 8192, "max_position_embeddings": 512,
     "word_embed_proj_dim": 768, "tie_word_embeddings": True, "do_layer_norm_before": True,
 }  # fmt: skip
-LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 384,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 5, "vocab_size": 512,
-    "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-}  # fmt: skip
-BATCH = 8
+SEPARATOR = "<|endoftext|>"
 
 
-def tokens(count: int, vocabulary: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, vocabulary, (count, 128)).astype(np.int32)
+class Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.last, self.parts = time.perf_counter(), {}
+
+    def __call__(self, what: str) -> None:
+        now = time.perf_counter()
+        self.last, self.parts[what] = now, now - self.last
 
 
-def write(folder: Path, config: dict) -> None:
-    from jaxq.models.build import init, model_of
-    from jaxq.models.hf import save_hf
+def by_jaxq(folder: str, text: str, length: int) -> tuple[dict[str, float], float]:
+    """What `jaxq eval` does, in steps."""
+    clock = Clock()
+    from jaxq.cli.evaluating import execute, load_model, model_windows, perplexity, read_documents
 
-    params = init(config)
-    save_hf(model_of(config, params), params, folder)
+    clock("import")
+    documents = read_documents(text)
+    model, params = load_model(folder)
+    clock("load")
+    windows = model_windows(model, documents, length, text)
+    clock("tokenize")
+    forward = execute(model.forward)
+    perplexity(forward, params, windows[:1])  # another shape than below, so about what compilation takes there
+    clock("compile")
+    found = perplexity(forward, params, windows)
+    clock("run, with compilation")
+    return clock.parts, found.perplexity
 
 
-def by_jaxq(folder: str, count: int) -> tuple[float, float]:
-    from jaxq.evaluate import perplexity
-    from jaxq.models import load
-
-    model = load(folder)
-    found = perplexity(model.forward, model.params, tokens(count, model.config["vocab_size"]), BATCH)
-    return found.seconds, found.perplexity
-
-
-def by_torch(folder: str, count: int) -> tuple[float, float]:
+def by_transformers(folder: str, text: str, length: int) -> tuple[dict[str, float], float]:
+    clock = Clock()
+    import numpy as np
     import torch
     from torch.nn.functional import cross_entropy
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    clock("import")
     torch.set_num_threads(2)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    windows = torch.tensor(tokens(count, model.config.vocab_size), dtype=torch.long)
-    start, total = time.perf_counter(), 0.0
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    clock("load")
+    documents = [document.strip() for document in Path(text).read_text("utf-8").split(SEPARATOR)]
+    rows = tokenizer([d for d in documents if d], add_special_tokens=False, verbose=False)["input_ids"]
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    tokens = torch.tensor([token for row in rows for token in (*first, *row)])
+    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    clock("tokenize")
+    total = 0.0
     with torch.inference_mode():
-        for batch in windows.split(BATCH):
+        for batch in windows.split(8):
             logits = model(batch, use_cache=False).logits[:, :-1]
             total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-    return time.perf_counter() - start, float(np.exp(total / (count * 127)))
+    clock("run")
+    return clock.parts, float(np.exp(total / (len(windows) * (length - 1))))
 
 
-BY = {"jaxq": by_jaxq, "transformers": by_torch}
+BY: dict[str, Callable[[str, str, int], tuple[dict[str, float], float]]] = {
+    "jaxq": by_jaxq,
+    "transformers": by_transformers,
+}
 
 
-def compare(name: str, config: dict, windows: int, repeats: int) -> None:
-    seconds: dict[str, list[float]] = {which: [] for which in BY}
-    found: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        write(folder, config)
-        for _ in range(repeats):
-            for which in BY:
-                command = [sys.executable, __file__, "--one", which, str(folder), "--windows", str(windows)]
-                out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-                seconds[which].append(float(out[-2]))
-                found[which] = float(out[-1])
+def one(which: str, folder: str, text: str, length: int) -> list[str]:
+    return [sys.executable, __file__, text, folder, "--one", which, str(length)]
+
+
+def run(command: list[str]) -> tuple[float, str]:
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return time.perf_counter() - start, done.stdout
+
+
+def compare(name: str, folder: str, text: str, repeats: int) -> None:
+    length = json.loads((Path(folder) / "config.json").read_text())["max_position_embeddings"]
+    ours = [sys.executable, "-m", "jaxq", "eval", folder, "--perplexity", text, "--length", str(length)]
+    commands = {"jaxq": ours, "transformers": one("transformers", folder, text, length)}
+    seconds: dict[str, list[float]] = {which: [] for which in commands}
+    for _ in range(repeats):
+        for which, command in commands.items():
+            seconds[which].append(run(command)[0])
     t = {which: median(values) for which, values in seconds.items()}
-    print(f"{name}, {windows} windows: jaxq {t['jaxq']:.2f} s, transformers {t['transformers']:.2f} s, ratio"
-          f" {t['jaxq'] / t['transformers']:.2f}; perplexities {found['jaxq']:.3f}, {found['transformers']:.3f}",
-          flush=True)  # fmt: skip
+    print(f"{name}, windows of {length}: jaxq {t['jaxq']:.2f} s, transformers {t['transformers']:.2f} s, "
+          f"ratio {t['jaxq'] / t['transformers']:.2f}", flush=True)  # fmt: skip
+    for which in commands:
+        parts, found = json.loads(run(one(which, folder, text, length))[1].splitlines()[-1])
+        print(f"  {which}: perplexity {found:.4f};", ", ".join(f"{k} {v:.2f} s" for k, v in parts.items()), flush=True)
+
+
+def write_opt(folder: Path, tokenizer_of: str) -> None:
+    from transformers import AutoTokenizer
+
+    from jaxq.models import init, model_of, save_hf
+
+    params = init(OPT)
+    save_hf(model_of(OPT, params, AutoTokenizer.from_pretrained(tokenizer_of)), params, folder)
 
 
 def main() -> None:
     args = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    args.add_argument("--windows", type=int, default=64)
+    args.add_argument("text")
+    args.add_argument("models", nargs="+")
     args.add_argument("--repeats", type=int, default=3)
     args.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = args.parse_args()
     if given.one:
-        print(*BY[given.one[0]](given.one[1], given.windows))
+        which, length = given.one
+        print(json.dumps(BY[which](given.models[0], given.text, int(length))))
         return
-    compare("OPT, width 768", OPT, given.windows, given.repeats)
-    compare("LLaMA, width 128", LLAMA, given.windows, given.repeats)
+    for folder in given.models:
+        compare(Path(folder).name, folder, given.text, given.repeats)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, text = Path(temporary) / "opt", Path(temporary) / "text.txt"
+        write_opt(folder, given.models[0])
+        documents = Path(given.text).read_text("utf-8").split(SEPARATOR)
+        text.write_text(SEPARATOR.join(documents[: len(documents) // 10]), "utf-8")
+        compare("OPT, width 768", str(folder), str(text), given.repeats)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from jaxq.program.trace import Program, abstract, named_leaves, trace
 from jaxq.qtensor import InputQuant, Packed, Quantized, is_qtensor, logical
 
 Address = tuple[int, ...]
-Key = tuple[str, bool]  # a packed leaf's path, and whether its layers lie along the scans around it
+Key = tuple[str, bool]  # a packed leaf's path, and whether the scans around it slice it
 
 
 class Held(NamedTuple):
@@ -141,7 +141,7 @@ def _for_site(group: GroupPlan, member: Any, name: str) -> GroupPlan:
 
 def _is_packed(site: Site, layout: Layout, packed: dict[str, Packed]) -> bool:
     """Whether a site's weight can be handed to it: sliced by all the scans around it, or by none."""
-    return site.ref is not None and site.ref.path in packed and site.ref.depth in (0, layout.depth)
+    return _key(site)[0] in packed and site.ref is not None and site.ref.depth in (0, layout.depth)
 
 
 def _keys(plan: Plan) -> set[Key]:
@@ -149,7 +149,8 @@ def _keys(plan: Plan) -> set[Key]:
 
 
 def _key(site: Site) -> Key:
-    return (site.ref.path, site.ref.depth > 0) if site.ref else ("", False)
+    """Of the packed leaf that a site reads; none where layers do not lie first, for such a leaf cannot be sliced."""
+    return (site.ref.path, site.ref.depth > 0) if site.ref and not any(site.ref.axes) else ("", False)
 
 
 def interpret(closed: Any, args: list[Any], plan: Plan, held: Held, at: Address = ()) -> list[Any]:

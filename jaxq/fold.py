@@ -117,16 +117,16 @@ def _fold_layout(layout: Layout, leaves: Leaves, transforms: dict[str, Transform
 
 def _fold_scan(node: Node, body: Layout, leaves: Leaves, transforms: dict, inner: set[str], found: dict) -> Leaves:
     """Layer by layer on slices, stacked again."""
-    stacked = stacked_paths(body)
+    axes = layer_axes(body)
     layers, inputs = [], []
     for i in range(node.params["length"]):
-        here = {**leaves, **{p: layer_of(leaves[p], i) for p in stacked}}
+        here = {**leaves, **{p: layer_of(leaves[p], i, axis) for p, axis in axes.items()}}
         mine = {name: layer_of(transforms[name], i) for name in inner}
         residue: dict[str, InputQuant] = {}
         layers.append(_fold_layout(body, here, mine, residue))
         inputs.append(residue)
     found.update(stack_layers(inputs))
-    return stack_layers(layers)
+    return {path: stack_layers([layer[path] for layer in layers], axes[path]) for path in layers[0]}
 
 
 def fold_group(group: GroupPlan, leaves: Leaves, transform: Transform) -> tuple[Leaves, InputQuant | None]:
@@ -149,16 +149,16 @@ def fold_group(group: GroupPlan, leaves: Leaves, transform: Transform) -> tuple[
     return changed, InputQuant(left.shift, left.scale, bias=biases, sites=group.sites)
 
 
-def stacked_paths(layout: Layout) -> list[str]:
-    """The parameters of which a scan's body sees one layer at a time."""
-    graph = layout.graph
-    return [ref.path for v in graph.inputs if (ref := graph.refs.get(v)) is not None and ref.depth == layout.depth]
+def layer_axes(layout: Layout) -> dict[str, int]:
+    """The parameters of which a scan's body sees one layer at a time, and the axis that their layers lie along."""
+    refs = [layout.graph.refs.get(v) for v in layout.graph.inputs]
+    return {ref.path: ref.axes[-1] for ref in refs if ref is not None and ref.depth == layout.depth}
 
 
-def layer_of(tree: Any, i: int) -> Any:
-    return jax.tree.map(lambda a: a[i], tree)
+def layer_of(tree: Any, i: int, axis: int = 0) -> Any:
+    return jax.tree.map(lambda a: a[(slice(None),) * axis + (i,)], tree)
 
 
-def stack_layers(layers: list[Any]) -> Any:
-    """Equal trees of each layer as one tree with a leading layer axis."""
-    return jax.tree.map(lambda *a: jnp.stack([jnp.asarray(x) for x in a]), *layers)
+def stack_layers(layers: list[Any], axis: int = 0) -> Any:
+    """Equal trees of each layer as one tree with a layer axis."""
+    return jax.tree.map(lambda *a: jnp.stack([jnp.asarray(x) for x in a], axis), *layers)

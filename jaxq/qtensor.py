@@ -142,7 +142,7 @@ class QTensor:
     """A quantized weight: the array `decode(codes) * 2**exponents` of `dtype`, of the shape of `codes`.
 
     `exponents` (int8, one for each input channel, broadcastable against `codes`) is None where there is nothing to
-    multiply with. With stacked layers every array has the same leading layer axis.
+    multiply with. With stacked layers every array has the same layer axis.
     """
 
     codes: jax.Array

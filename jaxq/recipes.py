@@ -165,7 +165,7 @@ def read_recipe(path_or_name: str | Path) -> RecipeFile:
     path, known = Path(path_or_name), recipe_files()
     if not path.is_file():
         if str(path_or_name) not in known:
-            near = get_close_matches(path.stem, known, n=3) or sorted(known)
-            raise FileNotFoundError(f"{path_or_name}: no such file, nor a recipe of jaxq's own; try {', '.join(near)}")
+            near = ", ".join(get_close_matches(path.stem, known, n=3)) or "one that `jaxq recipes` lists"
+            raise FileNotFoundError(f"{path_or_name}: no such file, nor a recipe of jaxq's own; try {near}")
         path = known[str(path_or_name)]
     return read_yaml(path, RecipeFile)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxq.models import Model, load, model_of
-from jaxq.models.hf import read_preprocessor, save_readers
+from jaxq.models.hf import read_preprocessor, read_tokenizer, save_readers
 from jaxq.qtensor import Quantized
 from jaxq.storage import STRUCTURE
 from jaxq.storage import load as load_quantized
@@ -56,7 +56,7 @@ def load_model(name_or_dir: str | os.PathLike[str]) -> tuple[Model, Quantized]:
         return model, Quantized(model.params)
     quantized, about = load_quantized(path)
     config, name = _config(path / CONFIG), str(about.get("name", path.name))
-    return model_of(config, quantized.params, _tokenizer(path), name, read_preprocessor(path)), quantized
+    return model_of(config, quantized.params, read_tokenizer(path), name, read_preprocessor(path)), quantized
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -66,11 +66,3 @@ def _config(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
-
-
-def _tokenizer(path: Path) -> Any:
-    if not (path / "tokenizer_config.json").is_file():
-        return None
-    from transformers import AutoTokenizer  # seconds to import
-
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -16,7 +16,6 @@ from uuid import uuid4
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from jaxq.described import describe, kind, restore
 from jaxq.qtensor import Quantized
@@ -49,6 +48,8 @@ def save(
         aside.mkdir()
         (aside / STRUCTURE).write_text(text, "utf-8")
         if arrays:
+            from orbax.checkpoint import v1 as ocp  # slow to import
+
             ocp.save(str(aside / ARRAYS), arrays)
         also(aside)
         os.rename(aside, path)
@@ -68,6 +69,8 @@ def load(path: str | os.PathLike[str]) -> tuple[Quantized, dict[str, Any]]:
     document = _read_document(path)
     arrays: dict[str, np.ndarray] = {}
     if (path / ARRAYS).exists():
+        from orbax.checkpoint import v1 as ocp
+
         try:
             arrays = ocp.load(str(path / ARRAYS))
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files

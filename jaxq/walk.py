@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.fold import stack_layers
+from jaxq.fold import layer_axes, layer_of, stack_layers
 from jaxq.handle import Handled, handle
 from jaxq.program import _compat
 from jaxq.program.graph import Node, Operand
@@ -31,11 +31,11 @@ class Leaves:
     original: dict[str, Any]
     current: dict[str, Any]
 
-    def layer(self, stacked: set[str], i: int) -> Leaves:
+    def layer(self, axes: dict[str, int], i: int) -> Leaves:
         """One scan iteration's view: slices of stacked parameters, the others as they are."""
 
         def pick(leaves: dict[str, Any]) -> dict[str, Any]:
-            return {p: jax.tree.map(lambda a: a[i], x) if p in stacked else x for p, x in leaves.items()}
+            return {p: layer_of(x, i, axes[p]) if p in axes else x for p, x in leaves.items()}
 
         return Leaves(pick(self.original), pick(self.current))
 
@@ -179,17 +179,17 @@ def _loop(place: Place, node: Node, labels: list[Labels]) -> None:
 
 
 def _scan(place: Place, node: Node, labels: list[Labels]) -> None:
-    """The body layer by layer on slices; what is found is stacked along a leading layer axis."""
+    """The body layer by layer on slices; what is found is stacked again."""
     split, length = _compat.scan_split(node.eqn), node.params["length"]
     outside = split.consts + split.carry
     body = place.layout.bodies[node.index, 0]
-    stacked = {ref.path for v in body.graph.inputs if (ref := body.graph.refs.get(v)) and ref.depth == body.depth}
+    axes = layer_axes(body)
     operands = [[_operand(place, v, m) for v in node.ins] for m in range(len(place.envs))]
     carries = [ops[split.consts : outside] for ops in operands]
     order = range(length - 1, -1, -1) if node.params["reverse"] else range(length)
     per_layer: dict[int, tuple[Found, dict[str, Any], list[list[Any]]]] = {}
     for i in order:
-        leaves, found = place.leaves.layer(stacked, i), Found()
+        leaves, found = place.leaves.layer(axes, i), Found()
         before = dict(leaves.current)
         envs = []
         for ops, carry in zip(operands, carries, strict=True):
@@ -201,10 +201,10 @@ def _scan(place: Place, node: Node, labels: list[Labels]) -> None:
             bodies,
         )
         carries = [out[: split.carry] for out in outs]
-        changed = {p: leaves.current[p] for p in stacked if leaves.current[p] is not before[p]}
-        place.leaves.current.update({p: x for p, x in leaves.current.items() if p not in stacked})
+        changed = {p: leaves.current[p] for p in axes if leaves.current[p] is not before[p]}
+        place.leaves.current.update({p: x for p, x in leaves.current.items() if p not in axes})
         per_layer[i] = found, changed, [out[split.carry :] for out in outs]
-    _stack(place, node, [per_layer[i] for i in range(length)], carries)
+    _stack(place, node, axes, [per_layer[i] for i in range(length)], carries)
 
 
 def _operand(place: Place, v: Any, m: int) -> Any:
@@ -218,10 +218,12 @@ def _env(body: Layout, values: list[Any]) -> Env:
     return {v: x for v, x in zip(body.graph.inputs, values, strict=True) if v not in body.graph.refs}
 
 
-def _stack(place: Place, node: Node, layers: list[tuple[Found, dict, list]], carries: list[list[Any]]) -> None:
+def _stack(
+    place: Place, node: Node, axes: dict[str, int], layers: list[tuple[Found, dict, list]], carries: list[list[Any]]
+) -> None:
     founds, leaves, ys = zip(*layers)
     for path in leaves[0]:
-        place.leaves.current[path] = stack_layers([layer[path] for layer in leaves])
+        place.leaves.current[path] = stack_layers([layer[path] for layer in leaves], axes[path])
     place.found.inputs.update(stack_layers([f.inputs for f in founds]))
     place.found.transforms.update(stack_layers([f.transforms for f in founds]))
     for m, env in enumerate(place.envs):

@@ -18,7 +18,7 @@ def read_yaml(path: Path, model: type[Model]) -> Model:
     try:
         content = yaml.load(path.read_text("utf-8"), _OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     try:
         return model.model_validate(content)
     except ValidationError as error:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from orbax.checkpoint import v1 as ocp
 from typer.testing import CliRunner
 
 from jaxq import storage
@@ -326,11 +327,17 @@ def test_damaged_result(opt, recipe, text, tmp_path):
     refused(run("eval", tmp_path / "out", "--perplexity", text, code=1), "jaxq.json", "not valid JSON")
 
 
+def test_out_under_a_file_is_refused_before_calibration(opt, recipe, text, tmp_path):
+    result = quantize(opt, recipe, text, text / "out", code=1)
+    refused(result, str(text), "no directory")
+    assert "calibrating" not in result
+
+
 def test_full_disk(opt, recipe, text, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out"))
 
-    monkeypatch.setattr(storage.ocp, "save", full)
+    monkeypatch.setattr(ocp, "save", full)
     refused(quantize(opt, recipe, text, tmp_path / "out", code=1), "No space left on device", "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml", "text.txt"], "nothing half-written is left"
 

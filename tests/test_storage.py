@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from orbax.checkpoint import v1 as ocp
 
-from jaxq import storage
 from jaxq.formats import Int
 from jaxq.pack import pack
 from jaxq.qtensor import Grid, InputQuant, PerGroup, PerTensor, PerToken, QTensor, Quantized, quantize_array
@@ -174,7 +174,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch, culprit):
             (Path(path) / "half").mkdir(parents=True)
         raise error
 
-    monkeypatch.setattr(*((os, "rename") if culprit == "rename" else (storage.ocp, "save")), fail)
+    monkeypatch.setattr(*((os, "rename") if culprit == "rename" else (ocp, "save")), fail)
     with pytest.raises(type(error)):
         save(tmp_path / "model", model(), {})
     assert not list(tmp_path.iterdir())

@@ -103,25 +103,26 @@ def evaluate(
         ),
     ] = None,
     length: Length = 512,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = None,
     json: Json = None,
 ) -> None:
     """Measure a model, quantized or not, in one of the ways below."""
     from jaxq.cli import evaluating as run
 
-    assert length is not None and batch_size is not None
+    assert length is not None
     if sum(what is not None for what in (perplexity, sts, tasks, classify, images)) != 1:
         raise ValueError("give one of --perplexity FILE, --sts FILE, --tasks LIST, --classify FILE and --images FILE")
+    rows = batch_size or 8
     if perplexity is not None:
         run.perplexity_command(model, perplexity, length, batch_size, json)
     elif sts is not None:
-        run.sts_command(model, sts, length, batch_size, json)
+        run.sts_command(model, sts, length, rows, json)
     elif tasks is not None:
-        run.tasks_command(model, [name.strip() for name in tasks.split(",")], limit, batch_size, json)
+        run.tasks_command(model, [name.strip() for name in tasks.split(",")], limit, rows, json)
     elif classify is not None:
-        run.classify_command(model, classify, length, batch_size, json)
+        run.classify_command(model, classify, length, rows, json)
     elif images is not None:
-        run.images_command(model, images, batch_size, json)
+        run.images_command(model, images, rows, json)
 
 
 @app.command()

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxq.evaluate import pack, pad, preprocess, read_documents, read_images
 from jaxq.models import Model
-from jaxq.recipes import RecipeFile
 from jaxq.report import say
+
+if TYPE_CHECKING:
+    from jaxq.recipes import RecipeFile  # slow to import, and evaluation does without
 
 
 @dataclass(frozen=True)

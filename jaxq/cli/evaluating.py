@@ -33,7 +33,7 @@ from jaxq.sites import WIDTH, sites
 LONGEST = 2048  # tokens that a task's item may have, where a model's positions have no end
 
 
-def perplexity_command(name: str, text: Path, length: int, batch_size: int, out: Path | None) -> None:
+def perplexity_command(name: str, text: Path, length: int, batch_size: int | None, out: Path | None) -> None:
     documents = read_documents(text)
     model, quantized = load_model(name)
     if not model.causal:
@@ -122,4 +122,5 @@ def sites_command(name: str, out: Path | None) -> None:
 
 def _write(out: Path | None, content: dict[str, Any]) -> None:
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(content, indent=1) + "\n", "utf-8")

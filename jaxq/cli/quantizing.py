@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections import Counter
@@ -49,8 +50,7 @@ def quantize_command(
     wanted: Collection[str],
     checkpoint: Path | None,
 ) -> None:
-    if out.exists():
-        raise FileExistsError(f"{out} exists: choose another --out, or remove it first")
+    _check_out(out)
     started = time.perf_counter()
     recipe = read_recipe(recipe_name)
     model = load(name)
@@ -89,6 +89,15 @@ def quantize_command(
     if refused:
         why = "; ".join(f"not as {kind}: {reason}" for kind, reason in refused.items())
         raise Failure(f"the quantized model is saved in {out}, but {why}")
+
+
+def _check_out(out: Path) -> None:
+    """Before anything is computed: whether there is a place for it."""
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another --out, or remove it first")
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise OSError(f"{out}: {place} is no directory that can be written to; choose another --out")
 
 
 def _check_recipe(model: Model, recipe: RecipeFile) -> None:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 SHORTEST = 16  # rows are 16, 32, 64, ... long
+# Tokens in a batch. On a CPU attention's scores should stay in the caches, and below the 32 MiB from which on each
+# call gets them from the system anew, page by page.
+CPU_TOKENS, TOKENS = 1024, 8192
+
+
+def default_rows(length: int) -> int:
+    """How many windows of `length` tokens run at once where nobody says."""
+    return max(1, (CPU_TOKENS if jax.default_backend() == "cpu" else TOKENS) // length)
 
 
 def by_width(sizes: np.ndarray, batch_size: int, longest: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -128,9 +128,12 @@ def _size(settings: dict[str, Any], key: str) -> tuple[int, int]:
 
 
 def _statistic(settings: dict[str, Any], key: str, channels: int) -> np.ndarray:
-    values = np.asarray(settings[key], np.float32)
+    try:
+        values = np.asarray(settings[key], np.float32)
+    except (TypeError, ValueError):  # not even numbers
+        values = np.zeros(0)
     if values.shape not in ((), (1,), (channels,)):
-        raise ValueError(f"preprocessor_config.json: {key} {settings[key]} does not fit {channels} channels")
+        raise ValueError(f"preprocessor_config.json: {key} {settings[key]!r} does not fit {channels} channels")
     return np.broadcast_to(values, (1, 1, 1, channels))
 
 
@@ -139,6 +142,10 @@ def _resize(images: np.ndarray, size: tuple[int, int], resample: int) -> np.ndar
         return images
     from PIL import Image  # not needed by a model of text
 
+    if resample not in range(6):
+        raise ValueError(
+            f"preprocessor_config.json: resample {resample!r} is not supported; give 0 to 5, as Pillow has"
+        )
     height, width = size
 
     def one(image: np.ndarray) -> np.ndarray:

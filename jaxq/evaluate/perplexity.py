@@ -12,6 +12,7 @@ import numpy as np
 from rich.progress import track
 
 from jaxq.arrays import on_device
+from jaxq.evaluate.batches import default_rows
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,20 @@ def perplexity(
     forward: Callable[..., jax.Array],
     params: Any,
     windows: np.ndarray | jax.Array,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Perplexity:
     """Perplexity of ``forward(params, tokens) -> logits [B, T, V]`` on ``windows``, int32 ``[N, T]``.
 
-    Every window is scored on its own: T tokens make T - 1 predictions. One shape is compiled: the last batch is
+    Every window is scored on its own: T tokens make T - 1 predictions. ``batch_size`` windows, or as many as
+    ``default_rows`` says, run at once. One shape is compiled: the last batch is
     filled up with copies that weigh nothing. Sums are kept in float64. The seconds include compilation.
     Raises ValueError if the windows are not ``[N, T]`` with N >= 1 and T >= 2, or if the likelihood is not finite.
     """
     windows = np.asarray(windows, np.int32)
     if windows.ndim != 2 or len(windows) == 0 or windows.shape[1] < 2:
         raise ValueError(f"windows have shape {windows.shape}; perplexity needs [N, T] with N >= 1 and T >= 2")
-    batch_size = min(batch_size, len(windows))
+    batch_size = min(batch_size or default_rows(windows.shape[1]), len(windows))
     count = jax.jit(_window_losses, static_argnums=0)
     started, total = time.perf_counter(), 0.0
     params = on_device(params)

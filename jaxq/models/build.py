@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -25,6 +25,11 @@ FAMILIES: Mapping[str, Family] = {
     "vit": vit.FAMILY,
     "deit": vit.FAMILY_DEIT,
 }
+SIZES = (
+    *("hidden_size", "intermediate_size", "ffn_dim", "word_embed_proj_dim", "head_dim", "vocab_size"),
+    *("num_hidden_layers", "n_layer", "num_attention_heads", "num_key_value_heads", "n_head"),
+    *("max_position_embeddings", "num_channels"),
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def build(config: Mapping[str, Any], source: str) -> Functions:
     """
     module = _module(config, source)
     try:
-        network = nnx.eval_shape(lambda: module(nnx.Rngs(0)))
+        network = nnx.eval_shape(lambda: module(cast(nnx.Rngs, _OneKey())))
     except KeyError as error:
         raise ValueError(f"{source}: the configuration has no {error}") from error
     graph, state = nnx.split(network)
@@ -124,6 +129,13 @@ def build(config: Mapping[str, Any], source: str) -> Functions:
     return Functions(family, forward, step, getattr(network, "kept", ()), layout)
 
 
+class _OneKey:
+    """In place of `nnx.Rngs`, whose counters take time that grows with the square of the layers under tracing."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
 def flat(params: Params) -> dict[str, Any]:
     """Parameters by path, ``{"layers/0/attn/q/kernel": leaf, ...}``; whatever is not a dict counts as a leaf."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: not isinstance(node, dict))
@@ -137,7 +149,18 @@ def _module(config: Mapping[str, Any], source: str) -> Callable[[nnx.Rngs], nnx.
             f"{source}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}. "
             "Any other model can be quantized as a function of its parameters: see docs/own_model.md"
         )
+    _check_sizes(config, source)
     return lambda rngs: family.network(dict(config), rngs=rngs)
+
+
+def _check_sizes(config: Mapping[str, Any], source: str) -> None:
+    for key in SIZES:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{source}: {key} is {value!r}; it must be a positive integer")
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads") or config.get("n_head")
+    if width and heads and not config.get("head_dim") and width % heads:
+        raise ValueError(f"{source}: hidden_size {width} does not divide into {heads} attention heads")
 
 
 def _check_structure(params: Params, layout: Params) -> None:

@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +21,8 @@ from jaxq.models.family import Family
 EMBEDDED = Path(__file__).parent / "embedded"
 DOWNLOADED = ["model*.safetensors", "model.safetensors.index.json", "*.json", "tokenizer*", "merges.txt", "vocab.txt"]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+# Classes of tokenizers that are all in tokenizer.json.
+PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 HALF = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 PREPROCESSOR = "preprocessor_config.json"
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -39,7 +42,9 @@ def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
     config = _read_json(directory / "config.json")
     made = build(config, str(directory / "config.json"))
     params = _import(made.layout, FAMILIES[made.family], read_tensors(directory), directory)
-    params = jax.tree.map(lambda leaf: _converted(leaf, _leaf_dtype(leaf.dtype, dtype)), params)
+    with ThreadPoolExecutor() as pool:
+        leaves = pool.map(lambda leaf: _converted(leaf, _leaf_dtype(leaf.dtype, dtype)), jax.tree.leaves(params))
+        params = jax.tree.unflatten(jax.tree.structure(params), leaves)
     return Model(
         str(name_or_dir),
         made.family,
@@ -48,7 +53,7 @@ def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
         made.step,
         made.kept,
         params,
-        _tokenizer(directory),
+        read_tokenizer(directory),
         read_preprocessor(directory),
     )
 
@@ -133,17 +138,30 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: missing, so {path.parent} is not a Hugging Face model directory")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a {type(content).__name__}, where a JSON object is expected")
+    return content
 
 
-def _tokenizer(directory: Path) -> Any:
+def read_tokenizer(directory: Path) -> Any:
+    """The directory's transformers tokenizer; None without one, ValueError if its files are damaged."""
     if not any((directory / file).exists() for file in TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer  # seconds to import
-
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    settings = directory / "tokenizer_config.json"
+    if settings.exists() and _read_json(settings).get("tokenizer_class") in PLAIN_TOKENIZERS:
+        from transformers import PreTrainedTokenizerFast as Tokenizer
+    else:
+        from transformers import AutoTokenizer as Tokenizer  # imports PyTorch, where that is installed: seconds
+    try:
+        return Tokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds for damaged files
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {why}); download or copy it again"
+        ) from error
 
 
 def _leaf_dtype(stored: np.dtype, asked: Any) -> np.dtype:

@@ -15,18 +15,23 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from jaxq.program import _compat
-from jaxq.program.views import Convert, View, view_of
+from jaxq.program.views import Convert, View, first_axis, view_of
 
 
 @dataclass(frozen=True)
 class Ref:
-    """A value that is a parameter, seen through views. `depth` counts the leading layer axes already sliced away;
-    `shape` is what is left of the leaf's."""
+    """A value that is a parameter, seen through views. `axes` are the layer axes that the scans around it slice away,
+    the outermost first, each an axis of what is left of the leaf there; `shape` is what is left in the end."""
 
     path: str
     shape: tuple[int, ...]
     views: tuple[View, ...] = ()
-    depth: int = 0
+    axes: tuple[int, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """How many scans slice it."""
+        return len(self.axes)
 
 
 @dataclass(frozen=True)
@@ -275,8 +280,12 @@ def _slice(kind: Kind) -> Kind:
     """What one iteration sees of an operand that is scanned over."""
     if not isinstance(kind, Ref):
         return kind
-    plain = all(isinstance(view, Convert) for view in kind.views)
-    return replace(kind, shape=kind.shape[1:], depth=kind.depth + 1) if plain else Derived(frozenset({kind.path}))
+    found = first_axis(kind.views)
+    if found is None:
+        return Derived(frozenset({kind.path}))
+    axis, views = found
+    shape = (*kind.shape[:axis], *kind.shape[axis + 1 :])
+    return replace(kind, shape=shape, views=views, axes=(*kind.axes, axis))
 
 
 def all_graphs(graph: Graph) -> list[Graph]:

@@ -131,7 +131,7 @@ def _why_left_out(graph: Graph, operands: tuple[Operand, Operand]) -> str:
     derived = [v for v in operands if isinstance(v, int) and graph.is_derived(v) and v in graph.producer]
     made = next((graph.producer[v].name for v in derived), None)
     if made is None:
-        return "the weight is computed from parameters before the loop, or its layers do not lie along the first axis"
+        return "the weight is computed from parameters before the loop, or a reshape merges its layers with others"
     return f"the weight is computed from parameters (by {made}), not one itself"
 
 

@@ -175,6 +175,25 @@ def look(views: tuple[View, ...], a: jax.Array) -> jax.Array:
     return a
 
 
+def first_axis(views: tuple[View, ...]) -> tuple[int, tuple[View, ...]] | None:
+    """The leaf's axis that is the first one of its view, and the views of the leaf without that axis.
+
+    None if a reshape is among the views.
+    """
+    axis, left = 0, []
+    for view in reversed(views):
+        if isinstance(view, Reshape):
+            return None
+        if isinstance(view, Transpose):
+            out, axis = axis, view.permutation[axis]
+            rest = [i - (i > axis) for o, i in enumerate(view.permutation) if o != out]
+            if rest != sorted(rest):
+                left.append(Transpose(tuple(rest)))
+        else:
+            left.append(view)
+    return axis, tuple(reversed(left))
+
+
 SAME_VALUE = frozenset(
     [
         "copy",

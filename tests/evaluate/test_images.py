@@ -102,6 +102,8 @@ class TestPreprocess:
             (dict(size={"height": 9, "width": 8}), r"\[9, 8, 3\]"),
             (dict(size={"shortest_edge": 8}), "size {'shortest_edge': 8} is not supported"),
             (dict(image_mean=[0.5, 0.5]), r"image_mean \[0.5, 0.5\] does not fit 3 channels"),
+            (dict(image_std="a half"), "image_std 'a half' does not fit 3 channels"),
+            (dict(resample=9), "resample 9 is not supported; give 0 to 5"),
             (dict(image_processor_type="CLIPImageProcessor"), "CLIPImageProcessor is not supported"),
             (dict(do_center_crop=True, crop_size=16), r"\[8, 8\] cannot be cropped to \[16, 16\]"),
         ],

@@ -159,6 +159,27 @@ class TestBadInput:
         edit_config(opt, model_type="mamba")
         self.check(opt, ValueError, "mamba", "opt, llama, mistral, qwen2, qwen3, bloom, bert", "docs/own_model.md")
 
+    def test_config_is_a_list(self, opt):
+        (opt / "config.json").write_text("[]")
+        self.check(opt, ValueError, "config.json", "list")
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("num_hidden_layers", "4"), ("num_attention_heads", 0), ("hidden_size", -8)]
+    )
+    def test_sizes_that_are_none(self, opt, key, value):
+        edit_config(opt, **{key: value})
+        self.check(opt, ValueError, "config.json", key, repr(value), "positive integer")
+
+    def test_heads_that_do_not_divide_the_width(self, opt):
+        edit_config(opt, num_attention_heads=7)
+        self.check(opt, ValueError, "config.json", "hidden_size", "7 attention heads")
+
+    @pytest.mark.parametrize("content", ["{", "{}"])
+    def test_damaged_tokenizer(self, opt, content):
+        (opt / "tokenizer.json").write_text(content)
+        (opt / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+        self.check(opt, ValueError, str(opt), "tokenizer cannot be read")
+
     def test_incomplete_config(self, opt):
         config = json.loads((opt / "config.json").read_text())
         del config["ffn_dim"]

@@ -20,6 +20,7 @@ from tests.zoo.specimen import (
     norm,
     norm_params,
     normal,
+    row,
     tokens,
     weight,
 )  # fmt: skip
@@ -126,14 +127,34 @@ def scan_weight_in_carry() -> Specimen:
 
 
 def scan_second_axis() -> Specimen:
-    """Layers stacked along axis 1: the scan sees a transposed parameter."""
+    """Layers stacked along axis 1, beside others along axis 0 and the last: the scan sees transposed parameters."""
 
     def forward(p, x):
-        x, _ = lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, jnp.moveaxis(p["w"], 1, 0))
+        def layer(x, own):
+            first, (w, b), turned = own
+            return x + jnp.tanh((jnp.tanh(x @ first) @ w + row(b, 2)) @ turned.T), None
+
+        stacks = p["first"], (jnp.moveaxis(p["w"], 1, 0), p["b"].T), jnp.moveaxis(p["turned"], -1, 0)
+        return lax.scan(layer, x, stacks)[0]
+
+    params = {
+        "first": weight(0, 3, 16, 12),
+        "w": weight(1, 12, 3, 16, fan_in=12),
+        "b": normal(2, 16, 3),
+        "turned": weight(3, 16, 16, 3, fan_in=16),
+    }
+    return Specimen(forward, params, (normal(1, 5, 16),), frozenset({"first", "w", "turned"}))
+
+
+def scan_reshaped() -> Specimen:
+    """A reshape merges the layers with others before the scan."""
+
+    def forward(p, x):
+        x, _ = lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, p["w"].reshape(4, 16, 16))
         return x @ p["v"]
 
-    params = {"w": weight(0, 16, 3, 16, fan_in=16), "v": weight(1, 16, 8)}
-    return Specimen(forward, params, (normal(1, 5, 16),), frozenset({"v"}), {"w": "along the first axis"})
+    params = {"w": weight(0, 2, 32, 16, fan_in=16), "v": weight(1, 16, 8)}
+    return Specimen(forward, params, (normal(1, 5, 16),), frozenset({"v"}), {"w": "a reshape merges"})
 
 
 def fori_static() -> Specimen:
@@ -282,6 +303,6 @@ def sharded() -> Specimen:
 
 CONTROL = [
     scan_stacked, scan_blocks, scan_reverse_with_outputs, scan_nested, scan_shared, scan_converted, scan_twice,
-    scan_weight_in_carry, scan_second_axis, fori_static, fori_picked, picked_statically, conditional,
+    scan_weight_in_carry, scan_second_axis, scan_reshaped, fori_static, fori_picked, picked_statically, conditional,
     conditional_shared, switch, custom_vjp, custom_jvp, checkpointed, scan_of_checkpoint, sharded,
 ]  # fmt: skip

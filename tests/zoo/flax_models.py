@@ -135,7 +135,7 @@ class LinenStack(linen.Module):
             return linen.scan(LinenBlock, {"params": 0}, split_rngs={"params": True}, length=3)(name="b")(x, None)[0]
         if self.kind == "remat_scan":
             block = linen.remat(LinenBlock, prevent_cse=False)
-            return linen.scan(block, {"params": 0}, split_rngs={"params": True}, length=3)(name="b")(x, None)[0]
+            return linen.scan(block, {"params": 1}, split_rngs={"params": True}, length=3)(name="b")(x, None)[0]
         block = linen.remat(LinenBlock) if self.kind == "remat" else LinenBlock
         return block(name="b")(x)[0]
 
@@ -159,6 +159,7 @@ def linen_scan() -> Specimen:
 
 
 def linen_remat_scan() -> Specimen:
+    """Layers along axis 1, as MaxText has them."""
     return _linen("remat_scan")
 
 
