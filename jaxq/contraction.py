@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
 from jaxq.blocks import ends, grid_of_ranges
 from jaxq.formats import Format, divide, fake_quant
