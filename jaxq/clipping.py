@@ -19,6 +19,7 @@ from jaxq.formats import grid_from_range
 from jaxq.observers import token_quantile, token_range
 from jaxq.qtensor import Grid, Quantized, Transform
 from jaxq.steps.group import Group, Step, tokens_of, transformed
+from jaxq.steps.quantize import input_observer
 
 Transforms = dict[str, list[Transform]]  # by group, in the order in which a walk comes to its layers
 
@@ -89,7 +90,7 @@ def search_percentile(
 def _observe(transforms: Transforms, percentiles: np.ndarray, group: Group) -> Group:
     """One group's grids at every percentile, along a last axis, of its input as the first walk transformed it."""
     quantizer, found = group.spec.activations, transforms[group.plan.name].pop(0)
-    if quantizer is None or quantizer.observer != token_quantile(1.0):
+    if quantizer is None or input_observer(group) != token_quantile(1.0):
         return group
     seen = transformed(group, found.shift, found.scale)
     axes = group.token_axes, group.plan.x_axes

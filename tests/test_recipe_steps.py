@@ -283,6 +283,16 @@ def test_search_is_the_best_of_the_calibrations_one_by_one(masked, tmp_path):
     assert len(set(clipping.losses)) > 2, "the percentiles make a difference"
 
 
+def test_clipping_by_tokens_leaves_attention_probabilities_alone():
+    model = tiny_model(OPT)
+    observers = obs.token_quantile(0.5), obs.average_min_max()
+    steps = [quantize(None, None, per_tensor(Int(8), observer)) for observer in observers]
+    clipped, whole = (calibrate(model.forward, model.params, TOKENS, step).inputs for step in steps)
+    operands = [name for name in clipped if "/dot" in name]
+    same_grid = {name for name in operands if clipped[name].grid.scale == whole[name].grid.scale}
+    assert same_grid == {name for name in operands if name.endswith("dot1:rhs")} != set()
+
+
 def test_search_refuses_what_it_cannot_do():
     model = tiny_model(OPT)
     step = to_step(made())
