@@ -13,16 +13,32 @@ powers of two. A value is `element * (scale * outer)`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from jaxq.formats import Float, Format, divide, fake_quant, grid_from_range
 from jaxq.formats.floating import SMALLEST_NORMAL, exponent_of, power_of_two
-from jaxq.qtensor import Granularity, Grid, PerGroup
+from jaxq.qtensor import Granularity, Grid, PerGroup, PerTensor
 
 E4M3 = Float(4, 3, reserved=1)
 SMALLEST_E4M3 = 2.0**-9
+
+
+def ends(x: jax.Array, granularity: Granularity, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """The smallest and the largest value under each grid, float32, of the rank of `x`; `axes` are those summed over.
+
+    Taken where the values lie: a transposed copy of a weight would cost more than all the rest of its quantization.
+    """
+    if isinstance(granularity, PerGroup):
+        last = axes[-1]
+        x = x.reshape(*x.shape[:last], -1, granularity.size, *x.shape[last + 1 :])
+        low, high = x.min(last + 1), x.max(last + 1)
+    else:
+        under = None if isinstance(granularity, PerTensor) else tuple(axes)
+        low, high = x.min(under, keepdims=True), x.max(under, keepdims=True)
+    return low.astype(jnp.float32), high.astype(jnp.float32)
 
 
 def grid_of_ranges(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,8 +19,9 @@ from jaxq.formats import grid_from_range
 from jaxq.observers import token_quantile, token_range
 from jaxq.qtensor import Grid, Quantized, Transform
 from jaxq.steps.group import Group, Step, tokens_of, transformed
+from jaxq.steps.quantize import input_observer
 
-Ranges = dict[str, tuple[np.ndarray, np.ndarray]]  # by group, the low and high end for each percentile
+Transforms = dict[str, list[Transform]]  # by group, in the order in which a walk comes to its layers
 
 
 @dataclass(frozen=True)
@@ -58,42 +60,43 @@ def search_percentile(
       percentiles: at least one; the first of several equally good ones is taken.
 
     Raises:
-      ValueError: as `calibrate`; besides, no percentiles, no input with that observer, or one inside `lax.scan`.
+      ValueError: as `calibrate`; besides, no percentiles, or no input with that observer.
     """
     if not percentiles:
         raise ValueError("search_percentile: no percentiles to choose from")
     start = step_of(1.0)
+    transforms: Transforms = defaultdict(list)
+
+    def note(group: Group) -> None:
+        transforms[group.plan.name].append(Transform(group.shift, group.scale))
+        if on_group is not None:
+            on_group(group)
+
     first = calibrate(
-        forward, params, batches, start, masks=masks, propagate=propagate, on_group=on_group, checkpoint=checkpoint
+        forward, params, batches, start, masks=masks, propagate=propagate, on_group=note, checkpoint=checkpoint
     )
-    ranges: Ranges = {}
-    observer = Step(
-        start.plan, partial(_observe, first.transforms, np.asarray(percentiles, np.float32), ranges), start.patterns
-    )
-    calibrate(forward, params, batches, observer, masks=masks, propagate="full_precision")
-    if not ranges:
+    observer = Step(start.plan, partial(_observe, transforms, np.asarray(percentiles, np.float32)), start.patterns)
+    observed = calibrate(forward, params, batches, observer, masks=masks, propagate="full_precision")
+    grids = {name: quant.grid for name, quant in observed.inputs.items() if quant.grid is not None}
+    if not grids:
         raise ValueError("search_percentile: the recipe ranges no activation with `token_quantile(percentile)`")
     loss = jax.jit(partial(_cross_entropy, execute(forward)))
     ready = jax.tree.map(jnp.asarray, first)
-    losses = [_total(loss, _with_ranges(ready, ranges, i), batches, masks) for i in range(len(percentiles))]
+    losses = [_total(loss, _with_grids(ready, grids, i), batches, masks) for i in range(len(percentiles))]
     best = int(np.argmin(losses))
-    return Clipping(_with_ranges(first, ranges, best), percentiles[best], tuple(percentiles), tuple(losses))
+    return Clipping(_with_grids(first, grids, best), percentiles[best], tuple(percentiles), tuple(losses))
 
 
-def _observe(transforms: dict[str, Transform], percentiles: np.ndarray, ranges: Ranges, group: Group) -> Group:
-    """Notes the ranges of one group's transformed input at every percentile."""
-    quantizer, name = group.spec.activations, group.plan.name
-    if name in transforms:
-        group = transformed(group, transforms[name].shift, transforms[name].scale)
-    if quantizer is None or quantizer.observer != token_quantile(1.0):
+def _observe(transforms: Transforms, percentiles: np.ndarray, group: Group) -> Group:
+    """One group's grids at every percentile, along a last axis, of its input as the first walk transformed it."""
+    quantizer, found = group.spec.activations, transforms[group.plan.name].pop(0)
+    if quantizer is None or input_observer(group) != token_quantile(1.0):
         return group
-    if name in ranges:
-        raise ValueError(f"{name}: inside `lax.scan`, where a percentile cannot be searched: give one in the recipe")
+    seen = transformed(group, found.shift, found.scale)
     axes = group.token_axes, group.plan.x_axes
-    found = [_ranges(*tokens_of(x, valid, *axes), percentiles) for x, valid in zip(group.x, group.valid)]
-    lows, highs = zip(*found)
-    ranges[name] = np.mean(lows, axis=0), np.mean(highs, axis=0)
-    return group
+    lows, highs = zip(*(_ranges(*tokens_of(x, valid, *axes), percentiles) for x, valid in zip(seen.x, seen.valid)))
+    ends = jnp.stack(lows).mean(0), jnp.stack(highs).mean(0)
+    return replace(group, grid=Grid(*grid_from_range(quantizer.format, *ends)))
 
 
 @jax.jit
@@ -102,14 +105,10 @@ def _ranges(x: jax.Array, valid: jax.Array | None, percentiles: jax.Array) -> tu
     return low[:, 0], high[:, 0]
 
 
-def _with_ranges(quantized: Quantized, ranges: Ranges, i: int) -> Quantized:
-    inputs = dict(quantized.inputs)
-    for name, (low, high) in ranges.items():
-        fmt = inputs[name].format
-        assert fmt is not None
-        grid = Grid(*grid_from_range(fmt, jnp.float32(low[i]), jnp.float32(high[i])))
-        inputs[name] = replace(inputs[name], grid=grid)
-    return replace(quantized, inputs=inputs)
+def _with_grids(quantized: Quantized, grids: dict[str, Grid], i: int) -> Quantized:
+    chosen = {name: jax.tree.map(lambda a: a[..., i], grid) for name, grid in grids.items()}
+    inputs = {name: replace(quantized.inputs[name], grid=grid) for name, grid in chosen.items()}
+    return replace(quantized, inputs={**quantized.inputs, **inputs})
 
 
 def _total(loss: Callable, quantized: Quantized, batches: Sequence[Batch], masks: Sequence[Any] | None) -> float:

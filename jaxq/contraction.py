@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
-from jaxq.blocks import grid_of_ranges
+from jaxq.blocks import ends, grid_of_ranges
 from jaxq.formats import Format, divide, fake_quant
 from jaxq.qtensor import Granularity, Grid, InputQuant, PerGroup
 
@@ -35,15 +34,10 @@ def dynamic_grid(x: jax.Array, fmt: Format, granularity: Granularity, axes: Sequ
 
     NVFP4's scale for the whole tensor comes from all of `x`, too, padding included.
     """
-    if isinstance(granularity, PerGroup):
-        last, size = axes[-1], granularity.size
-        if x.shape[last] % size:
-            raise ValueError(f"groups of {size} do not divide the {x.shape[last]} channels: choose a divisor")
-        runs = x.reshape(*x.shape[:last], x.shape[last] // size, size, *x.shape[last + 1 :])
-        low, high = runs.min(last + 1), runs.max(last + 1)
-    else:
-        low, high = x.min(axes, keepdims=True), x.max(axes, keepdims=True)
-    return grid_of_ranges(fmt, granularity, low.astype(jnp.float32), high.astype(jnp.float32))
+    if isinstance(granularity, PerGroup) and x.shape[axes[-1]] % granularity.size:
+        channels = x.shape[axes[-1]]
+        raise ValueError(f"groups of {granularity.size} do not divide the {channels} channels: choose a divisor")
+    return grid_of_ranges(fmt, granularity, *ends(x, granularity, axes))
 
 
 def quantize_activation(

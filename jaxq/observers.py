@@ -31,11 +31,15 @@ Merge = Callable[[Range, Range, "int | jax.Array"], Range]
 
 @dataclass(frozen=True)
 class Observer:
-    """A named (measure, merge) pair, see the module. Equal arguments to a factory give the same, hashable object."""
+    """A named (measure, merge) pair, see the module. Equal arguments to a factory give the same, hashable object.
+
+    `clips_tokens`: whether it leaves out whole tokens, which an array needs to have.
+    """
 
     name: str
     measure: Measure
     merge: Merge
+    clips_tokens: bool = False
 
 
 _observer = cache(Observer)
@@ -119,7 +123,7 @@ def lsq_plus() -> Observer:
 
 def token_quantile(percentile: float) -> Observer:
     """`token_range` at a fixed percentile: the token-wise clipping of Outlier Suppression; mean over batches."""
-    return _observer(f"token_quantile({percentile})", _measure_token_quantile(percentile), _mean)
+    return _observer(f"token_quantile({percentile})", _measure_token_quantile(percentile), _mean, True)
 
 
 # Merging ------------------------------------------------------------------------------------------------------------

@@ -47,11 +47,12 @@ def _objective(place: Place, plan: GroupPlan, segment: Segment) -> Objective:
     consumers = tuple(
         Consumer(
             segment.position(m.site.node),
+            m.site.kind,
+            m.site.operands,
+            len(m.site.shapes[m.site.operands.w]),
             m.site.leaf_axes,
             m.site.experts,
             m.site.ref.views if m.site.ref else (),
-            m.site.operands.w_axes,
-            len(m.site.shapes[m.site.operands.w]),
         )
         for m in plan.members
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxq.contraction import transform
 from jaxq.formats import Float, Int
 from jaxq.kernels import gpu, tpu
 from jaxq.kernels.plain import Integers, Products, activation_integers, product, shifted, weight_integers
-from jaxq.program.sites import Site
+from jaxq.program.sites import Operands, Site
 from jaxq.program.views import Convert, View
 from jaxq.qtensor import InputQuant, Packed, PerGroup
 
@@ -48,16 +49,9 @@ def read_input(quant: InputQuant | None, x: jax.Array, axes: Sequence[int]) -> I
 
 def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products) -> jax.Array:
     """The result of a `dot_general` of an activation and a packed weight; whichever of them comes first."""
-    ops, out = site.operands, eqn.outvars[0].aval
-    free = [i for i in range(x.values.ndim) if i not in ops.x_axes]
-    kept = [i for i in range(len(site.shapes[ops.w])) if i not in ops.w_axes]
-    rows = _each(x, lambda a: _matrix(a, free, ops.x_axes))  # [tokens, channels]
-    views = site.ref.views if site.ref else ()
-
-    def matrix(a: jax.Array) -> jax.Array:
-        """[channels, columns], of the leaf's rank; what has one number for a whole axis has it still."""
-        return _matrix(_seen(views, a), ops.w_axes, kept)
-
+    ops = site.operands
+    rows, views = _each(x, partial(_rows, ops)), site.ref.views if site.ref else ()
+    matrix = partial(_columns, ops, views)
     if leaf.exponents is not None:
         rows = shifted(rows, matrix(leaf.exponents).T, leaf.reach)
     sums = leaf.sums if leaf.local_rows == leaf.rows else None  # a shard's sums are not the whole weight's
@@ -71,8 +65,13 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
 
     chosen = _kernel(rows, leaf, products, matrix) if in_place else None
     y = plain(rows, leaf, sums) if chosen is None else _either(*chosen, plain)(rows, leaf, sums)
-    y = y.astype(out.dtype)
-    return y.reshape(out.shape) if ops.x == 0 else y.T.reshape(out.shape)
+    return _result(eqn, ops, y)
+
+
+def multiply_integers(eqn: Any, ops: Operands, views: tuple[View, ...], x: Integers, w: Integers) -> jax.Array:
+    """The result of a `dot_general` of the integers of an activation and of a leaf, which it sees through `views`."""
+    rows, columns = _each(x, partial(_rows, ops)), _each(w, partial(_columns, ops, views))
+    return _result(eqn, ops, product(rows, columns, None, "int8", eqn.params["precision"]))
 
 
 Product = Callable[[Integers, Packed, jax.Array | None], jax.Array]
@@ -118,6 +117,24 @@ def _either(platform: str, kernel: Product, plain: Product) -> Product:
 
 def _each(x: Integers, f: Callable[[jax.Array], jax.Array]) -> Integers:
     return jax.tree.map(f, x)
+
+
+def _rows(ops: Operands, a: jax.Array) -> jax.Array:
+    """[tokens, channels] of an activation, or of what broadcasts against it."""
+    return _matrix(a, [i for i in range(a.ndim) if i not in ops.x_axes], ops.x_axes)
+
+
+def _columns(ops: Operands, views: tuple[View, ...], a: jax.Array) -> jax.Array:
+    """[channels, columns] of a leaf, or of what is of its rank and has one number for a whole axis: it has it still."""
+    a = _seen(views, a)
+    return _matrix(a, ops.w_axes, [i for i in range(a.ndim) if i not in ops.w_axes])
+
+
+def _result(eqn: Any, ops: Operands, y: jax.Array) -> jax.Array:
+    """The `dot_general`'s result from the matrix product."""
+    out = eqn.outvars[0].aval
+    y = y.astype(out.dtype)
+    return y.reshape(out.shape) if ops.x == 0 else y.T.reshape(out.shape)
 
 
 def _matrix(a: jax.Array, first: Sequence[int], then: Sequence[int]) -> jax.Array:

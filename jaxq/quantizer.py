@@ -9,7 +9,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 
-from jaxq.blocks import grid_of_ranges
+from jaxq.blocks import ends, grid_of_ranges
 from jaxq.formats import Float, Format, fake_quant
 from jaxq.observers import Observer, min_max, observe
 from jaxq.qtensor import Granularity, Grid, PerChannel, PerGroup, PerTensor, PerToken, QTensor, quantize_array
@@ -102,10 +102,14 @@ def weight_grid(w: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], exper
     Raises:
         ValueError: the group size does not divide the summed axis, or the granularity is not one of weights.
     """
-    rows = rows_of(w, axes).reshape(-1, row_size(w.shape, quantizer.granularity, axes))
-    low, high = observe(quantizer.observer, quantizer.format, [rows[:, None, :].astype(jnp.float32)])
-    low, high = (in_leaf(end, w.shape, quantizer.granularity, axes) for end in (low, high))
-    return grid_of_ranges(quantizer.format, quantizer.granularity, low, high, experts)
+    fmt, granularity = quantizer.format, quantizer.granularity
+    size = row_size(w.shape, granularity, axes)
+    if quantizer.observer == min_max():
+        low, high = ends(w, granularity, axes)
+    else:
+        rows = rows_of(w, axes).reshape(-1, 1, size).astype(jnp.float32)
+        low, high = (in_leaf(end, w.shape, granularity, axes) for end in observe(quantizer.observer, fmt, [rows]))
+    return grid_of_ranges(fmt, granularity, low, high, experts)
 
 
 def rows_of(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -238,6 +238,7 @@ def test_the_table_waits_for_skip_and_embeddings():
 
 # The percentile search ------------------------------------------------------------------------------------------------
 
+SHAPES = {"embed": (1024, 8), "layers": (3, 8, 8), "head": (8, 1024)}
 SEARCHED = {"bits": 4, "observer": {"name": "token_quantile", "percentile": "search"}}
 
 
@@ -283,6 +284,16 @@ def test_search_is_the_best_of_the_calibrations_one_by_one(masked, tmp_path):
     assert len(set(clipping.losses)) > 2, "the percentiles make a difference"
 
 
+def test_clipping_by_tokens_leaves_attention_probabilities_alone():
+    model = tiny_model(OPT)
+    observers = obs.token_quantile(0.5), obs.average_min_max()
+    steps = [quantize(None, None, per_tensor(Int(8), observer)) for observer in observers]
+    clipped, whole = (calibrate(model.forward, model.params, TOKENS, step).inputs for step in steps)
+    operands = [name for name in clipped if "/dot" in name]
+    same_grid = {name for name in operands if clipped[name].grid.scale == whole[name].grid.scale}
+    assert same_grid == {name for name in operands if name.endswith("dot1:rhs")} != set()
+
+
 def test_search_refuses_what_it_cannot_do():
     model = tiny_model(OPT)
     step = to_step(made())
@@ -291,10 +302,32 @@ def test_search_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="ranges no activation"):
         search_percentile(model.forward, model.params, TOKENS, lambda _: step, [1.0])
 
-    def forward(params, tokens):
-        x, _ = jax.lax.scan(lambda x, w: (x @ w, None), params["embed"][tokens], params["layers"])
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_search_in_stacked_layers_is_that_in_single_ones(reverse):
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in SHAPES.items()}
+
+    def step(percentile):
+        return chain(smooth_quant(where=lambda plan: True), to_step(made(activations=SEARCHED), percentile))
+
+    def layer(x, w):
+        return jnp.tanh(x @ w), None
+
+    def stacked(params, tokens):
+        x, _ = jax.lax.scan(layer, params["embed"][tokens], params["layers"], reverse=reverse)
         return x @ params["head"]
 
-    params = {"embed": jnp.ones((1024, 4)), "layers": jnp.ones((2, 4, 4)), "head": jnp.ones((4, 1024))}
-    with pytest.raises(ValueError, match=r"layers: inside `lax.scan`"):
-        search_percentile(forward, params, TOKENS, lambda p: to_step(made(activations=SEARCHED), p), [1.0])
+    def single(params, tokens):
+        x = params["embed"][tokens]
+        for w in params["layers"][:: -1 if reverse else 1]:
+            x, _ = layer(x, w)
+        return x @ params["head"]
+
+    alone = params | {"layers": list(params["layers"])}
+    both = [search_percentile(f, p, TOKENS, step, [1.0, 0.9, 0.8]) for f, p in ((stacked, params), (single, alone))]
+    np.testing.assert_allclose(both[0].losses, both[1].losses, rtol=1e-5)
+    assert both[0].percentile == both[1].percentile and len(set(both[0].losses)) == 3
+    assert "layers" in both[0].quantized.transforms
+    grids = [both[1].quantized.inputs[f"layers/{i}"].grid.scale for i in range(3)]
+    np.testing.assert_allclose(both[0].quantized.inputs["layers"].grid.scale, jnp.stack(grids), rtol=1e-5)

