@@ -291,7 +291,7 @@ def test_clipping_by_tokens_leaves_attention_probabilities_alone():
     clipped, whole = (calibrate(model.forward, model.params, TOKENS, step).inputs for step in steps)
     operands = [name for name in clipped if "/dot" in name]
     same_grid = {name for name in operands if clipped[name].grid.scale == whole[name].grid.scale}
-    assert same_grid == {name for name in operands if name.endswith("dot1:rhs")} != set()
+    assert same_grid == {name for name in operands if name.endswith("dot1:lhs")} != set()
 
 
 def test_search_refuses_what_it_cannot_do():
