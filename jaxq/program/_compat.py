@@ -85,7 +85,8 @@ def bind(eqn: Any, args: list[Any]) -> list[Any]:
 
 def quick_jit(static_argnums: int | tuple[int, ...]) -> Callable[[Callable], Callable[[], Any]]:
     """`jax.jit` for straight pieces of program that are not called under another `jit`: on CPU, they are compiled
-    without the fusion emitters, which take a third of the time and do not make such pieces any faster.
+    without the fusion emitters, which take a third of the time and do not make such pieces any faster. From JAX 0.11 on
+    XLA has no other way to compile them.
 
     A decorator that gives a function of no arguments: to ask for the backend, at import, would start it.
     """
@@ -93,7 +94,8 @@ def quick_jit(static_argnums: int | tuple[int, ...]) -> Callable[[Callable], Cal
     def wrap(f: Callable) -> Callable[[], Any]:
         @cache
         def jitted() -> Any:
-            options = {"xla_cpu_use_fusion_emitters": False} if jax.default_backend() == "cpu" else None
+            has_choice = jax.__version_info__ < (0, 11) and jax.default_backend() == "cpu"
+            options = {"xla_cpu_use_fusion_emitters": False} if has_choice else None
             return jax.jit(f, static_argnums=static_argnums, compiler_options=options)
 
         return jitted
