@@ -16,7 +16,7 @@ from jaxq.formats import AnyFloat, Float, Int
 from jaxq.kernels.layout import pack_codes
 from jaxq.kernels.plain import weight_integers
 from jaxq.program.trace import path_name
-from jaxq.qtensor import InputQuant, Packed, QTensor, Quantized, is_qtensor
+from jaxq.qtensor import InputQuant, Packed, QTensor, Quantized, eight_bit_integers, is_qtensor
 
 
 def pack(qparams: Any) -> Any:
@@ -94,6 +94,8 @@ def _packed(leaf: QTensor, start: int, stop: int, sums: bool, reach: int, split:
     rows, columns = shape[start:stop], shape[stop:]
     codes = jax.lax.bitcast_convert_type(leaf.codes, jnp.uint8) & jnp.uint8(2**bits - 1)
     planes = pack_codes(codes.reshape(*shape[:start], prod(rows), prod(columns)), bits)
+    if isinstance(leaf.format, Int) and bits == 8:
+        planes = (eight_bit_integers(planes[0], leaf.format),)
     if not columns:
         planes = tuple(plane[..., 0] for plane in planes)
     total = None

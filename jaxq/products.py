@@ -66,8 +66,14 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
     in_place = all(isinstance(view, Convert) for view in views) and leaf.columns and leaf.planes[0].ndim == 2
     in_place = in_place and ops.w_axes == tuple(range(len(leaf.rows)))
 
+    k_axis = int(max(set(range(leaf.ndim)) - {*site.leaf_axes}, default=-1) < min(site.leaf_axes))
+
     def plain(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
-        return product(x, _each(weight_integers(leaf.unpack()), matrix), sums, products, eqn.params["precision"])
+        integers = weight_integers(leaf)
+        w = _each(integers, matrix)
+        if k_axis:  # as it is stored, from end to end, so that the program's own transpose is undone
+            w = replace(w, values=_matrix(_seen(views, integers.values), kept, ops.w_axes))
+        return product(x, w, sums, products, eqn.params["precision"], k_axis)
 
     chosen = _kernel(rows, leaf, products, matrix) if in_place else None
     y = plain(rows, leaf, sums) if chosen is None else _either(*chosen, plain)(rows, leaf, sums)
@@ -86,7 +92,7 @@ def _kernel(
     kind = tpu.target(*operands) if products in ("int8", "experimental") else None
 
     def weights(leaf: Packed) -> Integers:
-        return _each(weight_integers(leaf.unpack()), matrix)
+        return _each(weight_integers(leaf), matrix)
 
     def by_tpu(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         assert isinstance(fmt, Int | Float) and kind is not None

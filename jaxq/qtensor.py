@@ -174,7 +174,7 @@ class Packed:
 
     The codes of a [*lead, *rows, *columns] weight are planes of uint8 [*lead, bytes, columns], packed along `rows`, the
     axes that an output channel sums over; a table of [*lead, row], whose rows are looked up, has planes [*lead, bytes].
-    Everything else is the QTensor's. `sums` (int32, of the leaf's rank, 1 along `rows`) holds the sums of the integers
+    Integers of 8 bits are there as products read them: int8, an asymmetric one's code less 128. Everything else is the QTensor's. `sums` (int32, of the leaf's rank, 1 along `rows`) holds the sums of the integers
     over `rows`, by which zero points of activations are corrected; None where no activation has one. `reach` is how
     much the exponents of one weight differ at most. `split` is the format; of an `AnyFloat` the one that all codes
     have, None where layers differ.
@@ -216,6 +216,8 @@ class Packed:
     def unpack(self) -> QTensor:
         """The QTensor that was packed, bit for bit."""
         planes = self.planes if self.columns else tuple(plane[..., None] for plane in self.planes)
+        if isinstance(self.format, Int) and planes[0].dtype == jnp.int8:
+            planes = (eight_bit_codes(planes[0], self.format),)
         codes = unpack_codes(planes, self.format.bits, prod(self.local_rows)).reshape(self.shape)
         if self.format.code_dtype == jnp.int8:  # two's complement: the sign bit moves to the top and back
             above = 8 - self.format.bits
@@ -226,6 +228,17 @@ class Packed:
     def dequantize(self) -> jax.Array:
         """The array this leaf stands for."""
         return self.unpack().dequantize()
+
+
+def eight_bit_integers(codes: jax.Array, fmt: Int) -> jax.Array:
+    """Codes of 8 bits, uint8, as int8: an asymmetric integer's less 128."""
+    return jax.lax.bitcast_convert_type(codes if fmt.symmetric else codes ^ jnp.uint8(128), jnp.int8)
+
+
+def eight_bit_codes(integers: jax.Array, fmt: Int) -> jax.Array:
+    """The codes, uint8, of which `eight_bit_integers` made int8."""
+    codes = jax.lax.bitcast_convert_type(integers, jnp.uint8)
+    return codes if fmt.symmetric else codes ^ jnp.uint8(128)
 
 
 def quantize_array(w: jax.Array, fmt: Format, grid: Grid) -> QTensor:

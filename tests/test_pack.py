@@ -249,6 +249,22 @@ def test_a_transposed_weight_and_several_readers():
         assert distance(got, want) < 1e-2 * distance(want, f(params, tokens)) + 1e-6
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_token_multiplies_eight_bits_as_they_are_stored(symmetric):
+    """Transposed or not, and on CPU: no copy of a weight, in 8 or in 32 bits."""
+
+    def f(p, x):
+        return x @ p["w"], x @ p["table"].T
+
+    x, params = normal(0, 1, 64), {"w": weight(1, 64, 512), "table": weight(2, 512, 64)}
+    q = jaxq.calibrate(f, params, [x], jaxq.quantize(jaxq.Int(8, symmetric), jaxq.Int(8, symmetric=False)))
+    packed, run = jaxq.pack(q), jax.jit(jaxq.execute(f))
+    assert same_tree(jaxq.unpack(packed), q)
+    for got, want in zip(run(packed, x), run(q, x)):
+        np.testing.assert_allclose(got, want, atol=2e-6)
+    assert run.lower(packed, x).compile().memory_analysis().temp_size_in_bytes < 512 * 64 // 2
+
+
 @pytest.mark.parametrize("fmt", [jaxq.per_tensor(jaxq.Int(3)), jaxq.Int(4, symmetric=False), jaxq.mxfp6()], ids=named)
 @pytest.mark.parametrize("mode", ["fill", "clip", "wrap"])
 def test_look_ups_decode_rows_alone(fmt, mode):
