@@ -174,10 +174,10 @@ class Packed:
 
     The codes of a [*lead, *rows, *columns] weight are planes of uint8 [*lead, bytes, columns], packed along `rows`, the
     axes that an output channel sums over; a table of [*lead, row], whose rows are looked up, has planes [*lead, bytes].
-    Integers of 8 bits are there as products read them: int8, an asymmetric one's code less 128. Everything else is the QTensor's. `sums` (int32, of the leaf's rank, 1 along `rows`) holds the sums of the integers
-    over `rows`, by which zero points of activations are corrected; None where no activation has one. `reach` is how
-    much the exponents of one weight differ at most. `split` is the format; of an `AnyFloat` the one that all codes
-    have, None where layers differ.
+    Integers of 8 bits are there as products read them: int8, an asymmetric one's code less 128. Everything else is the
+    QTensor's. `sums` (int32, of the leaf's rank, 1 along `rows`) holds the sums of the integers over `rows`, by which
+    zero points of activations are corrected; None where no activation has one. `reach` is how much the exponents of one
+    weight differ at most. `split` is the format; of an `AnyFloat` the one that all codes have, None where layers differ.
     """
 
     planes: tuple[jax.Array, ...]
