@@ -194,9 +194,9 @@ def _contract(eqn: Any, values: list, groups: list[GroupPlan], products: Product
             done = look_up(eqn, leaf, values[1]) if leaf is not None and looks_up(eqn, site, leaf) else None
             continue
         x = values[site.operands.x]
-        if leaf is not None and multiplies(eqn, site, leaf, quant):
+        if leaf is not None and multiplies(eqn, site, x, leaf, quant, products):
             done = multiply(eqn, site, once(read_input, quant, group, x), leaf, products)
-        elif quant is not None:
+        if done is None and quant is not None:
             values[site.operands.x] = once(apply_input, quant, group, x)
         if quant is not None and site.path in quant.bias:
             biases.append(quant.bias[site.path])

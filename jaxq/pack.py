@@ -100,8 +100,11 @@ def _packed(leaf: QTensor, start: int, stop: int, sums: bool, reach: int, split:
         planes = tuple(plane[..., 0] for plane in planes)
     total = None
     if sums:
-        whole = tuple(range(start, stop))
-        total = weight_integers(leaf).values.sum(whole, dtype=jnp.int32, keepdims=True)
+        groups = leaf.grid.scale.shape[start] if len(rows) == 1 else 1
+        total = (
+            weight_integers(leaf).values.reshape(*shape[:start], groups, -1, *columns).sum(start + 1, dtype=jnp.int32)
+        )
+        total = total.reshape(*shape[:start], groups, *(1 for _ in rows[1:]), *columns)
     return Packed(planes, leaf.grid, leaf.format, rows, columns, leaf.dtype, leaf.exponents, total, reach, split)
 
 

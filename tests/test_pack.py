@@ -47,7 +47,10 @@ def no_table(p, x):
 
 FORMATS = [
     *(jaxq.Int(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False)),
-    *(jaxq.Float(*split) for split in [(2, 1), (1, 2), (3, 0), (3, 2), (2, 3), (4, 3), (5, 2), (3, 4), (1, 1)]),
+    *(
+        jaxq.Float(*split)
+        for split in [(2, 1), (1, 2), (3, 0), (3, 2), (2, 3), (4, 3), (4, 3, 1), (5, 2, 4), (3, 4), (1, 1)]
+    ),
     jaxq.AnyFloat(4),
     jaxq.AnyFloat(8),
 ]

@@ -34,6 +34,8 @@ from jaxq.qtensor import Granularity, Grid, Packed, QTensor, pytree, static
 Products = Literal["int8", "float", "decoded", "experimental"]
 
 ROWS_ON_CPU = 16
+# Formats whose codes are a machine's numbers, bit for bit: accelerators decode these in one instruction.
+MACHINE_FLOATS = {Float(4, 3, reserved=1): jnp.float8_e4m3fn, Float(5, 2, reserved=4): jnp.float8_e5m2}
 
 
 @pytree
@@ -60,13 +62,15 @@ class Integers:
 
 
 def element_scale(w: Integers, fmt: Int | Float, columns: int) -> jax.Array:
-    """The scales [1, columns] of a weight's elements, which are those of its integers but for a float's unit."""
-    scale = jnp.broadcast_to(jnp.float32(1) if w.scale is None else w.scale, (1, columns))
+    """The scales [groups, columns] of a weight's elements, which are those of its integers but for a float's unit."""
+    scale = jnp.ones((1, 1)) if w.scale is None else w.scale
+    scale = jnp.broadcast_to(scale, (scale.shape[0], columns))
     return scale * jnp.float32(2.0 ** (fmt.bias - 1 + fmt.mantissa_bits)) if isinstance(fmt, Float) else scale
 
 
 def weight_integers(leaf: QTensor | Packed) -> Integers:
-    """A weight's integers, of the leaf's shape: int8 where they fit, else float32. Its exponents are left to x."""
+    """A weight's integers, of the leaf's shape: int8 where they fit, else float32. Its exponents are left to x; scales
+    and centers have one number for each group."""
     fmt, bound = leaf.format, largest_integer(leaf.format)
     if isinstance(fmt, Int):
         middle, zero = _middle(fmt), leaf.grid.zero
@@ -75,14 +79,31 @@ def weight_integers(leaf: QTensor | Packed) -> Integers:
         else:
             codes = leaf.unpack().codes if isinstance(leaf, Packed) else leaf.codes
             values = codes if middle == 0 else (codes.astype(jnp.int16) - middle).astype(jnp.int8)
-        return Integers(values, leaf.grid.over(leaf.shape).scale, None if zero is None else middle - zero, bound=bound)
+        return Integers(values, leaf.grid.factor, None if zero is None else middle - zero, bound=bound)
     leaf = leaf.unpack() if isinstance(leaf, Packed) else leaf
-    grid = leaf.grid.over(leaf.shape)
-    finest = _finest(fmt, grid.mantissa, leaf.ndim)
-    values = decode(fmt, leaf.codes, power_of_two(-finest), None, grid.mantissa)
-    if bound <= 127:
-        values = values.astype(jnp.int8)
-    return Integers(values, grid.scale * power_of_two(finest), bound=bound)
+    finest = _finest(fmt, leaf.grid.mantissa, leaf.ndim)
+    return Integers(_whole(leaf), leaf.grid.factor * power_of_two(finest), bound=bound)
+
+
+def _whole(leaf: QTensor) -> jax.Array:
+    """A float weight's elements in units of the smallest: int8 where they fit, else float32."""
+    fmt, codes = leaf.format, leaf.codes
+    if fmt in MACHINE_FLOATS:
+        smallest = 2.0 ** (fmt.bias - 1 + fmt.mantissa_bits)
+        return lax.bitcast_convert_type(codes, MACHINE_FLOATS[fmt]).astype(jnp.float32) * jnp.float32(smallest)
+    if isinstance(fmt, Float) and largest_integer(fmt) <= 127:
+        return _small_whole(fmt, codes)
+    mantissa = leaf.grid.over(leaf.shape).mantissa
+    values = decode(fmt, codes, power_of_two(-_finest(fmt, mantissa, leaf.ndim)), None, mantissa)
+    return values.astype(jnp.int8) if largest_integer(fmt) <= 127 else values
+
+
+def _small_whole(fmt: Float, codes: jax.Array) -> jax.Array:
+    """The same by shifts of integers, which compilers fuse into one pass: an element is (1)mantissa << exponent - 1."""
+    codes, one = codes.astype(jnp.int32), 2**fmt.mantissa_bits
+    exponent, mantissa = (codes & (2 ** (fmt.bits - 1) - 1)) >> fmt.mantissa_bits, codes & (one - 1)
+    magnitude = jnp.where(exponent == 0, mantissa, (mantissa | one) << jnp.maximum(exponent - 1, 0))
+    return jnp.where(codes >> (fmt.bits - 1), -magnitude, magnitude).astype(jnp.int8)
 
 
 def activation_integers(
