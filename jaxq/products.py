@@ -153,7 +153,7 @@ def _each(x: Integers, f: Callable[[jax.Array], jax.Array]) -> Integers:
 
 def _matrix(a: jax.Array, first: Sequence[int], then: Sequence[int]) -> jax.Array:
     """`a` as a matrix, its axes `first` before its axes `then`."""
-    return a.transpose([*first, *then]).reshape(prod(a.shape[i] for i in first), -1)
+    return a.transpose([*first, *then]).reshape([prod(a.shape[i] for i in axes) for axes in (first, then)])
 
 
 def _seen(views: tuple[View, ...], a: jax.Array) -> jax.Array:

@@ -303,6 +303,10 @@ def test_pack_of_packed_is_the_same(quantized):
     assert same_tree(jaxq.unpack(jaxq.unpack(packed)), quantized)
 
 
+def test_no_tokens(quantized):
+    assert jax.eval_shape(jaxq.execute(mlp), jaxq.pack(quantized), X[:0]).shape[0] == 0
+
+
 def test_bytes(quantized):
     w = {"w": weight(0, 512, 256)}
     for fmt in (jaxq.Int(3), jaxq.Int(4), jaxq.Float(2, 1), jaxq.Float(3, 2), jaxq.Int(7)):
@@ -333,5 +337,17 @@ def test_damaged_leaves_are_refused(quantized):
     leaf = packed.params["a"]["kernel"]
     with pytest.raises(ValueError, match="not those of 16 codes of 8 bits"):
         replace(leaf, planes=(leaf.planes[0][:7],)).unpack()
+    kernel, run = leaf, jaxq.execute(mlp)
+    damaged = {
+        r"a/kernel: planes int8\[8, \d+\] are not": replace(kernel, planes=(kernel.planes[0][:8],)),
+        r"a/kernel: planes none are not": replace(kernel, planes=()),
+        r"a/kernel: planes float32": replace(kernel, planes=(kernel.planes[0].astype(jnp.float32),)),
+        r"a/kernel: .* without its scale": replace(kernel, grid=replace(kernel.grid, scale=None)),
+        r"a/kernel: numbers \[1, 5\] do not divide": replace(kernel, grid=replace(kernel.grid, scale=jnp.ones((1, 5)))),
+    }
+    for message, wrong in damaged.items():
+        params = {**packed.params, "a": {**packed.params["a"], "kernel": wrong}}
+        with pytest.raises(ValueError, match=message):
+            run(replace(packed, params=params), X)
     with pytest.raises(TypeError, match="call it outside"):
         jax.jit(jaxq.pack)(quantized)

@@ -91,19 +91,9 @@ def _whole(leaf: QTensor) -> jax.Array:
     if fmt in MACHINE_FLOATS:
         smallest = 2.0 ** (fmt.bias - 1 + fmt.mantissa_bits)
         return lax.bitcast_convert_type(codes, MACHINE_FLOATS[fmt]).astype(jnp.float32) * jnp.float32(smallest)
-    if isinstance(fmt, Float) and largest_integer(fmt) <= 127:
-        return _small_whole(fmt, codes)
     mantissa = leaf.grid.over(leaf.shape).mantissa
     values = decode(fmt, codes, power_of_two(-_finest(fmt, mantissa, leaf.ndim)), None, mantissa)
     return values.astype(jnp.int8) if largest_integer(fmt) <= 127 else values
-
-
-def _small_whole(fmt: Float, codes: jax.Array) -> jax.Array:
-    """The same by shifts of integers, which compilers fuse into one pass: an element is (1)mantissa << exponent - 1."""
-    codes, one = codes.astype(jnp.int32), 2**fmt.mantissa_bits
-    exponent, mantissa = (codes & (2 ** (fmt.bits - 1) - 1)) >> fmt.mantissa_bits, codes & (one - 1)
-    magnitude = jnp.where(exponent == 0, mantissa, (mantissa | one) << jnp.maximum(exponent - 1, 0))
-    return jnp.where(codes >> (fmt.bits - 1), -magnitude, magnitude).astype(jnp.int8)
 
 
 def activation_integers(
