@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import (
     AbstractDevice,
@@ -168,11 +169,22 @@ def test_what_execute_computes_by_the_kernel_is_the_simulation(name, monkeypatch
     np.testing.assert_allclose(np.asarray(found, float), wanted, atol=rounding * np.abs(wanted).max())
 
 
+@pytest.fixture
+def no_compilation_cache():
+    """What is compiled for a device that is not there cannot be read back from the cache."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="no TPU compiler: pip install 'jaxq[tpu-aot]'")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_execute_compiles_for_tpus(name, topology, monkeypatch):
+def test_execute_compiles_for_tpus(name, topology, monkeypatch, no_compilation_cache):
     """Nothing of the size of the weight, packed as it is, is made on the way."""
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
