@@ -7,7 +7,7 @@ Each kernel is compiled ahead of time, all the way to machine code, for a produc
 Columns: `temporary`, bytes of device memory beside arguments and result; `moved`, bytes of arguments and result;
 `bundles`, instruction bundles of one grid step in the final schedule, which waits neither for memory nor for a matrix
 unit; `floor`, the cycles that one step takes at least, in the matrix units or to read its weights from memory,
-whichever is more (a quantizing step: to read and write its block); `cycles`, the greater of the two times the steps;
+whichever is more; `cycles`, the greater of the two times the steps;
 `plain`, with --plain, the cycles that XLA estimates for what the kernel means in plain jnp, and the temporary bytes of
 that. Nothing here is a measured time.
 """
@@ -21,7 +21,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -32,7 +31,6 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxq.formats import Float, Int
 from jaxq.kernels.packed_matmul import Operands, blocks, packed_matmul, plain_packed_matmul
-from jaxq.kernels.quantize import plain_quantize_rows, quantize_rows, row_block
 from jaxq.kernels.tpu import elements_dtype, weight_carrier
 
 K = N = 4096
@@ -82,11 +80,6 @@ def product(target: Target, rows: int, fmt: Int | Float, dtype: type, groups: in
     return Case(of(packed_matmul), of(plain_packed_matmul), shapes)
 
 
-def quantizing(rows: int, fmt: Int | Float) -> Case:
-    shapes = {"x": ((rows, K), jnp.bfloat16), "shift": ((1, K), jnp.float32), "scale": ((1, K), jnp.float32)}
-    return Case(partial(quantize_rows, fmt=fmt), partial(plain_quantize_rows, fmt=fmt), shapes)
-
-
 def cases(t: Target, rows: int) -> dict[str, Case]:
     a16, e2m1 = jnp.bfloat16, Float(2, 1)
     return {
@@ -100,9 +93,6 @@ def cases(t: Target, rows: int) -> dict[str, Case]:
         "e3m0_a16": product(t, rows, Float(3, 0), a16),
         "e2m1_a16_g128": product(t, rows, e2m1, a16, K // 128),
         "e2m1_a4": product(t, rows, e2m1, elements_dtype(t.kind)),
-        "quantize_int8": quantizing(rows, Int(8)),
-        "quantize_int8_zero": quantizing(rows, Int(8, symmetric=False)),
-        "quantize_e2m1": quantizing(rows, e2m1),
     }
 
 
@@ -119,12 +109,9 @@ def dumped(dump: Path, name: str) -> str:
     return file.read_text()
 
 
-def step_of(case: Case, target: Target, moved: int) -> tuple[int, float]:
+def step_of(case: Case, target: Target) -> tuple[int, float]:
     """How many steps the grid has, and the cycles that one takes at least."""
     (rows, k), kind = case.shapes["x"][0], jnp.dtype(case.shapes["x"][1])
-    if "w" not in case.shapes:
-        steps = -(-rows // row_block(rows, k))
-        return steps, moved / steps / target.bytes_per_cycle
     bm, bn = blocks(rows, k, N, kind.itemsize)
     least = max(bm * k * bn / target.macs[kind.name], k // 2 * bn / target.bytes_per_cycle)
     return -(-rows // bm) * -(-N // bn), least
@@ -143,7 +130,7 @@ def row(name: str, target: str, rows: int, dump: Path, plain: bool) -> dict:
     instructions = Counter(re.findall(r"vmatmul[\w.]*|vmatpush[\w.]*", program))
     memory = kernel.memory_analysis()
     moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    steps, least = step_of(case, spec, moved)
+    steps, least = step_of(case, spec)
     result = {
         "kernel": name, "target": target, "rows": rows, "temporary": memory.temp_size_in_bytes,
         "moved": moved, "steps": steps, "bundles": bundles,

@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from jaxq.contraction import apply_input
 from jaxq.kernels.plain import Products
+from jaxq.pack import check_packed
 from jaxq.products import look_up, looks_up, multiplies, multiply, read_input
 from jaxq.program import _compat
 from jaxq.program.graph import Node
@@ -70,7 +71,7 @@ def execute(forward: Callable, products: Products = "int8") -> Callable:
       `jax.export`.
 
     Raises:
-      ValueError: `products` is none of these.
+      ValueError: `products` is none of these; or, when it is called, a packed leaf is damaged, with the path.
     """
     if products not in get_args(Products):
         raise ValueError(f"execute: products is {products!r}; possible are {', '.join(get_args(Products))}")
@@ -79,9 +80,11 @@ def execute(forward: Callable, products: Products = "int8") -> Callable:
     @wraps(forward)
     def run(params: Any, *inputs: Any) -> Any:
         quantized = params if isinstance(params, Quantized) else Quantized(params)
+        packed = {path: leaf for path, leaf in named_leaves(quantized.params) if isinstance(leaf, Packed)}
+        for path, leaf in packed.items():
+            check_packed(path, leaf)
         program = _cached(programs, forward, quantized.params, inputs)
         leaves = jax.tree.leaves(logical(quantized.params)) + jax.tree.leaves(inputs)
-        packed = {path: leaf for path, leaf in named_leaves(quantized.params) if isinstance(leaf, Packed)}
         packed = {} if products == "decoded" else packed
         plan = make_plan(program.layout, quantized.inputs, packed, products)
         _check_left_out(program.layout, quantized.inputs)
@@ -195,9 +198,9 @@ def _contract(eqn: Any, values: list, groups: list[GroupPlan], products: Product
             done = look_up(eqn, leaf, values[1]) if leaf is not None and looks_up(eqn, site, leaf) else None
             continue
         x = values[site.operands.x]
-        if leaf is not None and multiplies(eqn, site, leaf, quant):
+        if leaf is not None and multiplies(eqn, site, x, leaf, quant, products):
             done = multiply(eqn, site, once(read_input, quant, group, x), leaf, products)
-        elif quant is not None:
+        if done is None and quant is not None:
             values[site.operands.x] = once(apply_input, quant, group, x)
         if quant is not None and site.path in quant.bias:
             biases.append(quant.bias[site.path])

@@ -13,10 +13,12 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxq.formats import AnyFloat, Float, Int
-from jaxq.kernels.layout import pack_codes
+from jaxq.kernels.layout import pack_codes, plane_rows, widths
 from jaxq.kernels.plain import weight_integers
 from jaxq.program.trace import path_name
-from jaxq.qtensor import InputQuant, Packed, QTensor, Quantized, is_qtensor
+from jaxq.qtensor import InputQuant, Packed, QTensor, Quantized, eight_bit_integers, is_qtensor
+
+PACK_AGAIN = "take the leaf that `pack` made, or pack again"
 
 
 def pack(qparams: Any) -> Any:
@@ -50,6 +52,25 @@ def unpack(qparams: Any) -> Any:
 
 
 _unpack = jax.jit(Packed.unpack)
+
+
+def check_packed(path: str, leaf: Packed) -> None:
+    """Raises ValueError for a leaf that `pack` cannot have made: a product with it would be a wrong number, or none."""
+    rows, columns, bits = prod(leaf.rows), prod(leaf.columns), leaf.format.bits
+    sizes = [(plane_rows(rows, width), *([columns] if leaf.columns else [])) for width in widths(bits)]
+    found = [tuple(plane.shape[-len(size) :]) for plane, size in zip(leaf.planes, sizes)]
+    whole = not jax.sharding.get_abstract_mesh().manual_axes  # in `shard_map` a leaf is one of the parts
+    dtypes = {np.dtype(np.uint8), np.dtype(np.int8 if bits == 8 else np.uint8)}
+    bytes_ = all(plane.dtype in dtypes for plane in leaf.planes)
+    if len(leaf.planes) != len(sizes) or not bytes_ or (whole and found != sizes):
+        planes = ", ".join(f"{plane.dtype}{list(plane.shape)}" for plane in leaf.planes) or "none"
+        raise ValueError(f"{path}: planes {planes} are not those of {rows} codes of {bits} bits, {sizes}; {PACK_AGAIN}")
+    if leaf.grid.scale is None or (isinstance(leaf.format, Int) and (leaf.grid.zero is None) != leaf.format.symmetric):
+        raise ValueError(f"{path}: {leaf.format} without its scale or zero point, or one too many; {PACK_AGAIN}")
+    for a in jax.tree.leaves((leaf.grid, leaf.exponents, leaf.sums)):
+        if a.ndim != leaf.ndim or any(n % max(m, 1) for n, m in zip(leaf.shape, a.shape)):
+            found, shape = list(a.shape), list(leaf.shape)
+            raise ValueError(f"{path}: numbers {found} do not divide the weight {shape}; {PACK_AGAIN}")
 
 
 def bits_per_weight(qparams: Any) -> float:
@@ -94,12 +115,17 @@ def _packed(leaf: QTensor, start: int, stop: int, sums: bool, reach: int, split:
     rows, columns = shape[start:stop], shape[stop:]
     codes = jax.lax.bitcast_convert_type(leaf.codes, jnp.uint8) & jnp.uint8(2**bits - 1)
     planes = pack_codes(codes.reshape(*shape[:start], prod(rows), prod(columns)), bits)
+    if isinstance(leaf.format, Int) and bits == 8:
+        planes = (eight_bit_integers(planes[0], leaf.format),)
     if not columns:
         planes = tuple(plane[..., 0] for plane in planes)
     total = None
     if sums:
-        whole = tuple(range(start, stop))
-        total = weight_integers(leaf).values.sum(whole, dtype=jnp.int32, keepdims=True)
+        groups = leaf.grid.scale.shape[start] if len(rows) == 1 else 1
+        total = (
+            weight_integers(leaf).values.reshape(*shape[:start], groups, -1, *columns).sum(start + 1, dtype=jnp.int32)
+        )
+        total = total.reshape(*shape[:start], groups, *(1 for _ in rows[1:]), *columns)
     return Packed(planes, leaf.grid, leaf.format, rows, columns, leaf.dtype, leaf.exponents, total, reach, split)
 
 

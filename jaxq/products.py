@@ -21,20 +21,24 @@ from jaxq.program.views import Convert, View
 from jaxq.qtensor import InputQuant, Packed, PerGroup
 
 
-def multiplies(eqn: Any, site: Site, leaf: Packed, quant: InputQuant | None) -> bool:
-    """Whether a site's product is one of integers with one scale for each row and column: a matrix product whose grids
-    are shared along what it sums over. Others take the decoded weight, and so does one that is told how its result is
-    to be sharded: that is said of its own axes."""
+def multiplies(eqn: Any, site: Site, x: jax.Array, leaf: Packed, quant: InputQuant | None, products: Products) -> bool:
+    """Whether `multiply` may do a site's product: a matrix product with one scale for each row and column of integers,
+    or in groups of the rows where the device has kernels.
+
+    Others take the decoded weight, and so does one that is told how its result is to be sharded: that is said of its
+    own axes."""
     if site.kind != "linear" or site.experts or site.operands.experts or eqn.params.get("out_sharding") is not None:
         return False
     grids = jax.tree.leaves(leaf.grid)
-    shared = all(a.ndim == leaf.ndim and a.shape[i] == 1 for a in grids for i in site.leaf_axes)
+    fits = all(a.ndim == leaf.ndim for a in grids)
+    if fits and any(a.shape[i] > 1 for a in grids for i in site.leaf_axes):
+        fits = site.leaf_axes == (0,) and _device(products, x, leaf.planes[0]) is not None
     if leaf.exponents is not None:
-        shared &= all(n == 1 for i, n in enumerate(leaf.exponents.shape) if i not in site.leaf_axes)
+        fits &= all(n == 1 for i, n in enumerate(leaf.exponents.shape) if i not in site.leaf_axes)
     if quant is None or quant.format is None:
-        return shared
+        return fits
     numbers = jax.tree.leaves(quant.grid)
-    return shared and not isinstance(quant.granularity, PerGroup) and all(a.size == 1 for a in numbers)
+    return fits and not isinstance(quant.granularity, PerGroup) and all(a.size == 1 for a in numbers)
 
 
 def read_input(quant: InputQuant | None, x: jax.Array, axes: Sequence[int]) -> Integers:
@@ -47,25 +51,42 @@ def read_input(quant: InputQuant | None, x: jax.Array, axes: Sequence[int]) -> I
     return activation_integers(x, quant.format, quant.granularity, quant.grid, tuple(axes))
 
 
-def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products) -> jax.Array:
-    """The result of a `dot_general` of an activation and a packed weight; whichever of them comes first."""
-    ops = site.operands
+def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products) -> jax.Array | None:
+    """The result of a `dot_general` of an activation and a packed weight; whichever of them comes first. None where
+    weights are in groups that no kernel takes: they are to be decoded."""
+    ops, dtype = site.operands, eqn.outvars[0].aval.dtype
     rows, views = _each(x, partial(_rows, ops)), site.ref.views if site.ref else ()
     matrix = partial(_columns, ops, views)
+    groups = max(a.shape[i] for a in jax.tree.leaves(leaf.grid) for i in site.leaf_axes)
     if leaf.exponents is not None:
         rows = shifted(rows, matrix(leaf.exponents).T, leaf.reach)
-    sums = leaf.sums if leaf.local_rows == leaf.rows else None  # a shard's sums are not the whole weight's
-    if sums is not None:
-        sums = matrix(sums) if all(sums.shape[i] == 1 for i in site.leaf_axes) else None
     in_place = all(isinstance(view, Convert) for view in views) and leaf.columns and leaf.planes[0].ndim == 2
     in_place = in_place and ops.w_axes == tuple(range(len(leaf.rows)))
+    k_axis = int(max(set(range(leaf.ndim)) - {*site.leaf_axes}, default=-1) < min(site.leaf_axes))
 
     def plain(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
-        return product(x, _each(weight_integers(leaf.unpack()), matrix), sums, products, eqn.params["precision"])
+        integers = weight_integers(leaf)
+        w = _each(integers, matrix)
+        if k_axis:  # as it is stored, from end to end, so that the program's own transpose is undone
+            kept = [i for i in range(len(site.shapes[ops.w])) if i not in ops.w_axes]
+            w = replace(w, values=_matrix(_seen(views, integers.values), kept, ops.w_axes))
+        return product(x, w, sums, products, eqn.params["precision"], k_axis)
 
-    chosen = _kernel(rows, leaf, products, matrix) if in_place else None
-    y = plain(rows, leaf, sums) if chosen is None else _either(*chosen, plain)(rows, leaf, sums)
-    return _result(eqn, ops, y)
+    def decoded(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
+        w = matrix(replace(leaf, exponents=None).dequantize())
+        a = x.centered if x.scale is None else x.centered * x.scale
+        return product(Integers(a), Integers(w), None, products, eqn.params["precision"])
+
+    chosen = _kernel(rows, leaf, groups, products, matrix, dtype) if in_place else None
+    if chosen is None and groups > 1:
+        return None
+    sums = _sums(site, leaf, groups, matrix)
+
+    def meaning(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
+        return (plain if groups == 1 else decoded)(x, leaf, sums).astype(dtype)
+
+    multiplied = meaning if chosen is None else _either(*chosen, meaning)
+    return _result(eqn, ops, multiplied(rows, leaf, sums))
 
 
 def multiply_integers(eqn: Any, ops: Operands, views: tuple[View, ...], x: Integers, w: Integers) -> jax.Array:
@@ -74,33 +95,45 @@ def multiply_integers(eqn: Any, ops: Operands, views: tuple[View, ...], x: Integ
     return _result(eqn, ops, product(rows, columns, None, "int8", eqn.params["precision"]))
 
 
+def _sums(site: Site, leaf: Packed, groups: int, matrix: Callable[[jax.Array], jax.Array]) -> jax.Array | None:
+    """The sums of a weight's integers over each group, [groups, columns], where they are known beforehand: a shard's
+    are not the whole weight's."""
+    if leaf.sums is None or (groups == 1 and leaf.local_rows != leaf.rows):
+        return None
+    return matrix(leaf.sums) if prod(leaf.sums.shape[i] for i in site.leaf_axes) == groups else None
+
+
 Product = Callable[[Integers, Packed, jax.Array | None], jax.Array]
 
 
+def _device(products: Products, *operands: jax.Array) -> str | None:
+    """The kind of device that the program is traced for, if it may have kernels for these operands."""
+    tpus = tpu.target(*operands) if products in ("int8", "experimental") else None
+    return tpus or (gpu.target(*operands) if products == "experimental" else None)
+
+
 def _kernel(
-    x: Integers, leaf: Packed, products: Products, matrix: Callable[[jax.Array], jax.Array]
+    x: Integers, leaf: Packed, groups: int, products: Products, matrix: Callable[[jax.Array], jax.Array], dtype: Any
 ) -> tuple[str, Product] | None:
-    """The platform and the kernel of a product on the device that the program is traced for, if it has one."""
-    fmt, operands = leaf.split, (x.values, leaf.planes[0])
-    kind = tpu.target(*operands) if products in ("int8", "experimental") else None
+    """The platform and the kernel of a product, of `dtype`, on the device that the program is traced for, if it has
+    one."""
+    fmt, (codes, *_) = leaf.split, leaf.planes
+    kind = _device(products, x.values, codes)
 
     def weights(leaf: Packed) -> Integers:
-        return _each(weight_integers(leaf.unpack()), matrix)
+        return _each(weight_integers(leaf), matrix)
 
     def by_tpu(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         assert isinstance(fmt, Int | Float) and kind is not None
-        return tpu.packed_product(x, leaf.planes[0], weights(leaf), fmt, sums, kind)
+        return tpu.packed_product(x, leaf.planes[0], weights(leaf), fmt, sums, kind, dtype=dtype)
 
     def by_gpu(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         assert isinstance(fmt, Int | Float)
-        return gpu.packed_product(x, leaf.planes[0], weights(leaf), fmt)
+        return gpu.packed_product(x, leaf.planes[0], weights(leaf), fmt).astype(dtype)
 
-    if kind is not None and tpu.has_kernel(x, fmt):
-        return "tpu", by_tpu
-    columns = leaf.planes[0].shape[1]
-    if products == "experimental" and gpu.target(*operands) is not None and gpu.has_kernel(x, fmt, columns):
-        return "cuda", by_gpu
-    return None
+    if kind in tpu.E4M3:
+        return ("tpu", by_tpu) if tpu.has_kernel(x, fmt, groups) else None
+    return ("cuda", by_gpu) if kind is not None and gpu.has_kernel(x, fmt, codes.shape[1], groups) else None
 
 
 def _either(platform: str, kernel: Product, plain: Product) -> Product:
@@ -139,7 +172,7 @@ def _result(eqn: Any, ops: Operands, y: jax.Array) -> jax.Array:
 
 def _matrix(a: jax.Array, first: Sequence[int], then: Sequence[int]) -> jax.Array:
     """`a` as a matrix, its axes `first` before its axes `then`."""
-    return a.transpose([*first, *then]).reshape(prod(a.shape[i] for i in first), -1)
+    return a.transpose([*first, *then]).reshape([prod(a.shape[i] for i in axes) for axes in (first, then)])
 
 
 def _seen(views: tuple[View, ...], a: jax.Array) -> jax.Array:

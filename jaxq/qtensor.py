@@ -120,11 +120,15 @@ class Grid:
     mantissa: jax.Array | None = None
     outer: jax.Array | None = None
 
+    @property
+    def factor(self) -> jax.Array:
+        """What an element is multiplied by, one number for each run."""
+        return self.scale if self.outer is None else self.scale * self.outer
+
     def over(self, shape: tuple[int, ...]) -> Grid:
         """The same grid for a format's functions: the two factors multiplied, runs repeated, so that it broadcasts
         against an array of `shape`."""
-        scale = self.scale if self.outer is None else self.scale * self.outer
-        return jax.tree.map(lambda a: expand_blocks(a, shape), Grid(scale, self.zero, self.mantissa))
+        return jax.tree.map(lambda a: expand_blocks(a, shape), Grid(self.factor, self.zero, self.mantissa))
 
 
 def expand_blocks(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -133,7 +137,9 @@ def expand_blocks(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         a = a.reshape((1,) * (len(shape) - a.ndim) + a.shape)
     for axis, (have, want) in enumerate(zip(a.shape, shape)):
         if have not in (1, want):
-            a = jnp.repeat(a, want // have, axis=axis, total_repeat_length=want)
+            runs = (*a.shape[: axis + 1], want // have, *a.shape[axis + 1 :])
+            a = jnp.broadcast_to(jnp.expand_dims(a, axis + 1), runs)  # not jnp.repeat, which XLA makes a gather of
+            a = a.reshape(*runs[:axis], want, *runs[axis + 2 :])
     return a
 
 
@@ -174,10 +180,11 @@ class Packed:
 
     The codes of a [*lead, *rows, *columns] weight are planes of uint8 [*lead, bytes, columns], packed along `rows`, the
     axes that an output channel sums over; a table of [*lead, row], whose rows are looked up, has planes [*lead, bytes].
-    Everything else is the QTensor's. `sums` (int32, of the leaf's rank, 1 along `rows`) holds the sums of the integers
-    over `rows`, by which zero points of activations are corrected; None where no activation has one. `reach` is how
-    much the exponents of one weight differ at most. `split` is the format; of an `AnyFloat` the one that all codes
-    have, None where layers differ.
+    Integers of 8 bits are there as products read them: int8, an asymmetric one's code less 128. Everything else is the
+    QTensor's. `sums` (int32, of the leaf's rank) holds the sums of the integers over `rows`, or over each group there,
+    by which zero points of activations are corrected; None where no activation has one. `reach` is how much the
+    exponents of one weight differ at most. `split` is the format; of an `AnyFloat` the one that all codes have, None
+    where they differ.
     """
 
     planes: tuple[jax.Array, ...]
@@ -216,6 +223,8 @@ class Packed:
     def unpack(self) -> QTensor:
         """The QTensor that was packed, bit for bit."""
         planes = self.planes if self.columns else tuple(plane[..., None] for plane in self.planes)
+        if isinstance(self.format, Int) and planes[0].dtype == jnp.int8:
+            planes = (eight_bit_codes(planes[0], self.format),)
         codes = unpack_codes(planes, self.format.bits, prod(self.local_rows)).reshape(self.shape)
         if self.format.code_dtype == jnp.int8:  # two's complement: the sign bit moves to the top and back
             above = 8 - self.format.bits
@@ -226,6 +235,17 @@ class Packed:
     def dequantize(self) -> jax.Array:
         """The array this leaf stands for."""
         return self.unpack().dequantize()
+
+
+def eight_bit_integers(codes: jax.Array, fmt: Int) -> jax.Array:
+    """Codes of 8 bits, uint8, as int8: an asymmetric integer's less 128."""
+    return jax.lax.bitcast_convert_type(codes if fmt.symmetric else codes ^ jnp.uint8(128), jnp.int8)
+
+
+def eight_bit_codes(integers: jax.Array, fmt: Int) -> jax.Array:
+    """The codes, uint8, of which `eight_bit_integers` made int8."""
+    codes = jax.lax.bitcast_convert_type(integers, jnp.uint8)
+    return codes if fmt.symmetric else codes ^ jnp.uint8(128)
 
 
 def quantize_array(w: jax.Array, fmt: Format, grid: Grid) -> QTensor:

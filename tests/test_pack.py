@@ -47,7 +47,10 @@ def no_table(p, x):
 
 FORMATS = [
     *(jaxq.Int(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False)),
-    *(jaxq.Float(*split) for split in [(2, 1), (1, 2), (3, 0), (3, 2), (2, 3), (4, 3), (5, 2), (3, 4), (1, 1)]),
+    *(
+        jaxq.Float(*split)
+        for split in [(2, 1), (1, 2), (3, 0), (3, 2), (2, 3), (4, 3), (4, 3, 1), (5, 2, 4), (3, 4), (1, 1)]
+    ),
     jaxq.AnyFloat(4),
     jaxq.AnyFloat(8),
 ]
@@ -249,6 +252,22 @@ def test_a_transposed_weight_and_several_readers():
         assert distance(got, want) < 1e-2 * distance(want, f(params, tokens)) + 1e-6
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_token_multiplies_eight_bits_as_they_are_stored(symmetric):
+    """Transposed or not, and on CPU: no copy of a weight, in 8 or in 32 bits."""
+
+    def f(p, x):
+        return x @ p["w"], x @ p["table"].T
+
+    x, params = normal(0, 1, 512), {"w": weight(1, 512, 384), "table": weight(2, 384, 512)}
+    q = jaxq.calibrate(f, params, [x], jaxq.quantize(jaxq.Int(8, symmetric), jaxq.Int(8, symmetric=False)))
+    packed, run = jaxq.pack(q), jax.jit(jaxq.execute(f))
+    assert same_tree(jaxq.unpack(packed), q)
+    for got, want in zip(run(packed, x), run(q, x)):
+        np.testing.assert_allclose(got, want, atol=2e-6)
+    assert run.lower(packed, x).compile().memory_analysis().temp_size_in_bytes < 512 * 384 // 2
+
+
 @pytest.mark.parametrize("fmt", [jaxq.per_tensor(jaxq.Int(3)), jaxq.Int(4, symmetric=False), jaxq.mxfp6()], ids=named)
 @pytest.mark.parametrize("mode", ["fill", "clip", "wrap"])
 def test_look_ups_decode_rows_alone(fmt, mode):
@@ -284,6 +303,10 @@ def test_pack_of_packed_is_the_same(quantized):
     assert same_tree(jaxq.unpack(jaxq.unpack(packed)), quantized)
 
 
+def test_no_tokens(quantized):
+    assert jax.eval_shape(jaxq.execute(mlp), jaxq.pack(quantized), X[:0]).shape[0] == 0
+
+
 def test_bytes(quantized):
     w = {"w": weight(0, 512, 256)}
     for fmt in (jaxq.Int(3), jaxq.Int(4), jaxq.Float(2, 1), jaxq.Float(3, 2), jaxq.Int(7)):
@@ -314,5 +337,17 @@ def test_damaged_leaves_are_refused(quantized):
     leaf = packed.params["a"]["kernel"]
     with pytest.raises(ValueError, match="not those of 16 codes of 8 bits"):
         replace(leaf, planes=(leaf.planes[0][:7],)).unpack()
+    kernel, run = leaf, jaxq.execute(mlp)
+    damaged = {
+        r"a/kernel: planes int8\[8, \d+\] are not": replace(kernel, planes=(kernel.planes[0][:8],)),
+        r"a/kernel: planes none are not": replace(kernel, planes=()),
+        r"a/kernel: planes float32": replace(kernel, planes=(kernel.planes[0].astype(jnp.float32),)),
+        r"a/kernel: .* without its scale": replace(kernel, grid=replace(kernel.grid, scale=None)),
+        r"a/kernel: numbers \[1, 5\] do not divide": replace(kernel, grid=replace(kernel.grid, scale=jnp.ones((1, 5)))),
+    }
+    for message, wrong in damaged.items():
+        params = {**packed.params, "a": {**packed.params["a"], "kernel": wrong}}
+        with pytest.raises(ValueError, match=message):
+            run(replace(packed, params=params), X)
     with pytest.raises(TypeError, match="call it outside"):
         jax.jit(jaxq.pack)(quantized)

@@ -2,8 +2,7 @@
 
 One kernel for all of them. With c[k, n] the carriers of the weight's codes and groups g of the summed axis:
 
-    y[m, n] = bias[n] + sum_g rows[m, g] * scale[g, n] *
-              (sum_{k in g} x[m, k] c[k, n] / unit - sum_r left[r, m, g] right[r, g, n])
+    y[m, n] = rows[m] * sum_g scale[g, n] * (sum_{k in g} x[m, k] c[k, n] / unit - sum_r left[r, m, g] right[r, g, n])
 
 | x        | weights          | carrier    | product        |                                                       |
 |----------|------------------|------------|----------------|-------------------------------------------------------|
@@ -43,9 +42,8 @@ class Operands(NamedTuple):
     x: [M, K] int8, bfloat16 or an 8-bit float.
     w: packed 4-bit codes, uint8 [K/2, N], as in `jaxq.kernels.layout`.
     scale: [G, N] float32.
-    rows: [M, 1] or [M, G] float32, the activation's scales; None is 1.
+    rows: [M, 1] float32, the activation's scales; None is 1.
     left, right: [R, M, G] and [R, G, N], int32 where x is int8, else float32; None is no correction.
-    bias: [1, N] float32.
     """
 
     x: jax.Array
@@ -54,7 +52,6 @@ class Operands(NamedTuple):
     rows: jax.Array | None = None
     left: jax.Array | None = None
     right: jax.Array | None = None
-    bias: jax.Array | None = None
 
 
 def packed_matmul(
@@ -73,7 +70,7 @@ def packed_matmul(
         ValueError: the shapes do not fit each other, or packed codes do not come in whole blocks of 256, groups in
             multiples of 128: there `plain_packed_matmul` serves.
     """
-    x, w, scale, rows, left, right, _ = operands
+    x, w, scale, _, left, right = operands
     _check(x, w, scale)
     (m, k), n = x.shape, w.shape[1]
     bm, bn = blocks(m, k, n, x.dtype.itemsize)
@@ -81,10 +78,8 @@ def packed_matmul(
         "x": pl.BlockSpec((bm, k), lambda i, j: (i, 0)),
         "w": pl.BlockSpec((w.shape[0], bn), lambda i, j: (0, j)),
         "scale": pl.BlockSpec((scale.shape[0], bn), lambda i, j: (0, j)),
-        "bias": pl.BlockSpec((1, bn), lambda i, j: (0, j)),
+        "rows": pl.BlockSpec((bm, 1), lambda i, j: (i, 0)),
     }
-    if rows is not None:
-        specs["rows"] = pl.BlockSpec((bm, rows.shape[1]), lambda i, j: (i, 0))
     if left is not None and right is not None:
         specs["left"] = pl.BlockSpec((left.shape[0], bm, left.shape[2]), lambda i, j: (0, i, 0))
         specs["right"] = pl.BlockSpec((*right.shape[:2], bn), lambda i, j: (0, 0, j))
@@ -118,15 +113,13 @@ def _kernel(refs: dict, out: Any, *, carrier: Carrier) -> None:
     size = refs["x"].shape[1] // groups
     weights = _carriers(refs["w"], carrier)
     scale = refs["scale"][...] * jnp.float32(1 / carrier.unit)  # exact, the unit being a power of two
-    each_own = "rows" in refs and refs["rows"].shape[1] > 1
     total = jnp.float32(0)
     for g in range(groups):
         a, b = _slices(refs["x"], weights, g * size, size)
-        part = _corrected(_dot(a, b), refs, carrier, slice(g, g + 1)) * scale[g : g + 1, :]
-        total = total + (part * refs["rows"][:, g : g + 1] if each_own else part)
-    if "rows" in refs and not each_own:
+        total = total + _corrected(_dot(a, b), refs, carrier, slice(g, g + 1)) * scale[g : g + 1, :]
+    if "rows" in refs:
         total = total * refs["rows"][...]
-    out[...] = jnp.asarray(total + (refs["bias"][...] if "bias" in refs else 0)).astype(out.dtype)
+    out[...] = jnp.asarray(total).astype(out.dtype)
 
 
 def _carriers(w: Any, carrier: Carrier) -> tuple[jax.Array, ...]:
@@ -158,7 +151,7 @@ def _corrected(part: jax.Array, refs: dict, carrier: Carrier, group: slice) -> j
 
 def plain_packed_matmul(operands: Operands, carrier: Carrier, *, dtype: Any = jnp.float32) -> jax.Array:
     """What `packed_matmul` means, in plain jnp, for any K and any size of groups that divides it."""
-    x, w, scale, rows, left, right, bias = operands
+    x, w, scale, rows, left, right = operands
     c = carrier.of_packed(w, x.shape[1])
     groups = scale.shape[0]
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
@@ -167,11 +160,8 @@ def plain_packed_matmul(operands: Operands, carrier: Carrier, *, dtype: Any = jn
     part = part >> int(carrier.unit).bit_length() - 1 if kind == jnp.int32 else part * jnp.float32(1 / carrier.unit)
     if left is not None and right is not None:
         part = part - jnp.einsum("rmg,rgn->gmn", left, right, precision="highest")
-    part = part.astype(jnp.float32) * scale[:, None, :]
-    if rows is not None:
-        part = part * rows.T[:, :, None]
-    total = part.sum(0)
-    return (total if bias is None else total + bias).astype(dtype)
+    total = (part.astype(jnp.float32) * scale[:, None, :]).sum(0)
+    return (total if rows is None else total * rows).astype(dtype)
 
 
 def _check(x: jax.Array, w: jax.Array, scale: jax.Array) -> None:

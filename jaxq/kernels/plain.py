@@ -19,6 +19,7 @@ On CPU a product of few rows is padded to 16: XLA has fast 8-bit products of mat
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -28,11 +29,13 @@ from jax import lax
 from jaxq.contraction import dynamic_grid
 from jaxq.formats import Float, Format, Int, decode, divide, fake_quant
 from jaxq.formats.floating import layout, power_of_two
-from jaxq.qtensor import Granularity, Grid, QTensor, pytree, static
+from jaxq.qtensor import Granularity, Grid, Packed, QTensor, pytree, static
 
 Products = Literal["int8", "float", "decoded", "experimental"]
 
 ROWS_ON_CPU = 16
+# Formats whose codes are a machine's numbers, bit for bit: accelerators decode these in one instruction.
+MACHINE_FLOATS = {Float(4, 3, reserved=1): jnp.float8_e4m3fn, Float(5, 2, reserved=4): jnp.float8_e5m2}
 
 
 @pytree
@@ -59,25 +62,38 @@ class Integers:
 
 
 def element_scale(w: Integers, fmt: Int | Float, columns: int) -> jax.Array:
-    """The scales [1, columns] of a weight's elements, which are those of its integers but for a float's unit."""
-    scale = jnp.broadcast_to(jnp.float32(1) if w.scale is None else w.scale, (1, columns))
+    """The scales [groups, columns] of a weight's elements, which are those of its integers but for a float's unit."""
+    scale = jnp.ones((1, 1)) if w.scale is None else w.scale
+    scale = jnp.broadcast_to(scale, (scale.shape[0], columns))
     return scale * jnp.float32(2.0 ** (fmt.bias - 1 + fmt.mantissa_bits)) if isinstance(fmt, Float) else scale
 
 
-def weight_integers(leaf: QTensor) -> Integers:
-    """A weight's integers, of the leaf's shape: int8 where they fit, else float32. Its exponents are left to x."""
+def weight_integers(leaf: QTensor | Packed) -> Integers:
+    """A weight's integers, of the leaf's shape: int8 where they fit, else float32. Its exponents are left to x; scales
+    and centers have one number for each group."""
     fmt, bound = leaf.format, largest_integer(leaf.format)
     if isinstance(fmt, Int):
-        middle = _middle(fmt)
-        values = leaf.codes if middle == 0 else (leaf.codes.astype(jnp.int16) - middle).astype(jnp.int8)
-        zero = leaf.grid.zero
-        return Integers(values, leaf.grid.over(leaf.shape).scale, None if zero is None else middle - zero, bound=bound)
-    grid = leaf.grid.over(leaf.shape)
-    finest = _finest(fmt, grid.mantissa, leaf.ndim)
-    values = decode(fmt, leaf.codes, power_of_two(-finest), None, grid.mantissa)
-    if bound <= 127:
-        values = values.astype(jnp.int8)
-    return Integers(values, grid.scale * power_of_two(finest), bound=bound)
+        middle, zero = _middle(fmt), leaf.grid.zero
+        if isinstance(leaf, Packed) and leaf.planes[0].dtype == jnp.int8:  # as they are: no pass over memory
+            values = leaf.planes[0].reshape(leaf.shape)
+        else:
+            codes = leaf.unpack().codes if isinstance(leaf, Packed) else leaf.codes
+            values = codes if middle == 0 else (codes.astype(jnp.int16) - middle).astype(jnp.int8)
+        return Integers(values, leaf.grid.factor, None if zero is None else middle - zero, bound=bound)
+    leaf = leaf.unpack() if isinstance(leaf, Packed) else leaf
+    finest = _finest(fmt, leaf.grid.mantissa, leaf.ndim)
+    return Integers(_whole(leaf), leaf.grid.factor * power_of_two(finest), bound=bound)
+
+
+def _whole(leaf: QTensor) -> jax.Array:
+    """A float weight's elements in units of the smallest: int8 where they fit, else float32."""
+    fmt, codes = leaf.format, leaf.codes
+    if fmt in MACHINE_FLOATS:
+        smallest = 2.0 ** (fmt.bias - 1 + fmt.mantissa_bits)
+        return lax.bitcast_convert_type(codes, MACHINE_FLOATS[fmt]).astype(jnp.float32) * jnp.float32(smallest)
+    mantissa = leaf.grid.over(leaf.shape).mantissa
+    values = decode(fmt, codes, power_of_two(-_finest(fmt, mantissa, leaf.ndim)), None, mantissa)
+    return values.astype(jnp.int8) if largest_integer(fmt) <= 127 else values
 
 
 def activation_integers(
@@ -129,7 +145,9 @@ def shifted(x: Integers, exponents: jax.Array, reach: int) -> Integers:
     return Integers(values, scale if x.scale is None else x.scale * scale, None, bound, reach)
 
 
-def product(x: Integers, w: Integers, sums: jax.Array | None, products: Products, precision: Any = None) -> jax.Array:
+def product(
+    x: Integers, w: Integers, sums: jax.Array | None, products: Products, precision: Any = None, k_axis: int = 0
+) -> jax.Array:
     """y [M, N], float32.
 
     Args:
@@ -137,23 +155,27 @@ def product(x: Integers, w: Integers, sums: jax.Array | None, products: Products
       w: values [K, N] of int8 or float32, scale and center [1, N] or [1, 1].
       sums: of w's values over k, int32 [1, N]; None where they are not known beforehand.
       precision: as for `lax.dot_general`; of use for activations that are no integers.
+      k_axis: 1 where w's values come as [N, K]: on CPU an 8-bit product with a transpose is some ten times slower.
     """
     depth = x.values.shape[1]
     small = x.largest is not None and max(x.largest, w.bound or 256) <= 128 and depth * 2**14 < 2**31
     in_int8 = small and products != "float"
-    y = _int8_product(x, w, sums) if in_int8 else _float_product(x, w, precision)
+    if in_int8:
+        y = _int8_product(x, w, sums, k_axis)
+    else:
+        y = _float_product(x, replace(w, values=w.values.T) if k_axis else w, precision)
     for scale in (x.scale, w.scale):
         y = y if scale is None else y * scale
     return y
 
 
-def _int8_product(x: Integers, w: Integers, sums: jax.Array | None) -> jax.Array:
+def _int8_product(x: Integers, w: Integers, sums: jax.Array | None, k_axis: int) -> jax.Array:
     """XW is exact; centers come after, in float32: (X + a)(W + b) = XW + a (sum(W) + K b) + b sum(X)."""
     assert x.bound is not None and w.bound is not None
-    y = _exact_dot(x.values, w.values)
+    y = _exact_dot(x.values, w.values, k_axis)
     if x.center is not None:
         if sums is None:
-            sums = w.values.sum(0, dtype=jnp.int32, keepdims=True)
+            sums = w.values.sum(k_axis, dtype=jnp.int32)[None]
         total = sums.astype(jnp.float32)
         y = y + x.center * (total if w.center is None else total + x.values.shape[1] * w.center)
     if w.center is not None:
@@ -161,13 +183,13 @@ def _int8_product(x: Integers, w: Integers, sums: jax.Array | None) -> jax.Array
     return y
 
 
-@jax.custom_jvp
-def _exact_dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [M, K] of float32, whole numbers that fit int8, times w [K, N] of int8; differentiable by x."""
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _exact_dot(x: jax.Array, w: jax.Array, k_axis: int) -> jax.Array:
+    """x [M, K] of float32, whole numbers that fit int8, times w of int8; differentiable by x."""
     rows = x.shape[0]
 
     def in_int8(x: jax.Array, w: jax.Array) -> jax.Array:
-        return _dot(x.astype(jnp.int8), w, jnp.int32).astype(jnp.float32)
+        return _dot(x.astype(jnp.int8), w, jnp.int32, k_axis=k_axis).astype(jnp.float32)
 
     def padded(x: jax.Array, w: jax.Array) -> jax.Array:
         return in_int8(jnp.pad(x, ((0, ROWS_ON_CPU - rows), (0, 0))), w)[:rows]
@@ -176,9 +198,9 @@ def _exact_dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 @_exact_dot.defjvp
-def _exact_dot_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+def _exact_dot_jvp(k_axis: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     x, w = primals
-    return _exact_dot(x, w), _dot(tangents[0], w.astype(jnp.float32))
+    return _exact_dot(x, w, k_axis), _dot(tangents[0], w.astype(jnp.float32), k_axis=k_axis)
 
 
 def _float_product(x: Integers, w: Integers, precision: Any) -> jax.Array:
@@ -194,5 +216,8 @@ def _float_product(x: Integers, w: Integers, precision: Any) -> jax.Array:
     return lax.platform_dependent(x.centered, w.centered, cpu=multiply(jnp.float32), default=multiply(jnp.bfloat16))
 
 
-def _dot(x: jax.Array, w: jax.Array, accumulate: Any = jnp.float32, precision: Any = None) -> jax.Array:
-    return lax.dot(x, w, precision=precision, preferred_element_type=accumulate)
+def _dot(
+    x: jax.Array, w: jax.Array, accumulate: Any = jnp.float32, precision: Any = None, k_axis: int = 0
+) -> jax.Array:
+    dimensions = (((1,), (k_axis,)), ((), ()))
+    return lax.dot_general(x, w, dimensions, precision=precision, preferred_element_type=accumulate)

@@ -54,10 +54,11 @@ def target(*operands: jax.Array) -> str | None:
     return kind if kind in E4M3 else None
 
 
-def has_kernel(x: Integers, fmt: Format | None) -> bool:
-    """Whether `packed_product` multiplies [M, K] with weights of a format: of 4 bits, with integers of 8 bits or,
-    exactly in bfloat16, what has as few significant bits; or with an activation in bfloat16 that is not quantized."""
-    if not isinstance(fmt, Int | Float) or fmt.bits != 4 or not fits(x.values.shape[1], 1):
+def has_kernel(x: Integers, fmt: Format | None, groups: int = 1) -> bool:
+    """Whether `packed_product` multiplies [M, K] with weights of a format in so many groups: of 4 bits, with integers
+    of 8 bits or, exactly in bfloat16, what has as few significant bits; or with an activation in bfloat16 that is not
+    quantized."""
+    if not isinstance(fmt, Int | Float) or fmt.bits != 4 or not fits(x.values.shape[1], groups):
         return False
     if x.bound is None:
         return x.values.dtype == jnp.bfloat16
@@ -72,44 +73,61 @@ def packed_product(
     fmt: Int | Float,
     sums: jax.Array | None,
     kind: str,
+    *,
+    dtype: Any = jnp.float32,
     interpret: Any = False,
 ) -> jax.Array:
-    """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by the kernel: y [M, N], float32.
+    """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by the kernel: y [M, N].
 
-    With Wc = W + d what the carriers hold, (x + a)(W + b) = x Wc - (d - b) sum(x) + a (sum(W) + K b).
+    With Wc = W + d what the carriers hold, (x + a)(W + b) = x Wc - (d - b) sum(x) + a (sum(W) + K b), in each group.
 
     Args:
       x: as there; quantized ones are integers times a power of two of 8 significant bits at most.
       codes: of the weights, packed: uint8 [K/2, N].
-      w: scale and center of its integers, and their values, of which only sums are used where `sums` is None.
+      w: scale and center of its integers, [groups, N] or [1, 1], and their values, of which only sums are used where
+        `sums` is None.
       fmt: of the codes.
+      sums: of w's values over each group, int32 [groups, N].
       kind: the TPU, as `target` says.
+      dtype: of y, which is rounded once, in the kernel.
     """
-    whole = x.bound is not None and isinstance(fmt, Int)
-    values = x.values.astype(jnp.int8 if whole else jnp.bfloat16)
+    values = x.values.astype(_activations_dtype(x, fmt, kind))
     carrier = weight_carrier(fmt, values.dtype, kind)
-    dtype = jnp.int32 if whole else jnp.float32
+    (m, k), n = values.shape, codes.shape[1]
+    scale = element_scale(w, fmt, n)
+    groups = scale.shape[0]
+    exact = jnp.int32 if values.dtype == jnp.int8 else jnp.float32
     left, right = [], []
-    if isinstance(fmt, Int):
+    if isinstance(fmt, Int) and (w.center is not None or carrier.offset != 0):
         middle = 0 if fmt.symmetric else 2 ** (fmt.bits - 1)
-        excess = carrier.offset + middle - (0 if w.center is None else w.center)
-        left.append(values.sum(1, dtype=dtype))
-        right.append(excess)
+        left.append(_sums_of_groups(values, groups, exact))
+        right.append(carrier.offset + middle - (0 if w.center is None else w.center))
     if x.center is not None:
-        total = (w.values.sum(0, dtype=jnp.int32, keepdims=True) if sums is None else sums).astype(jnp.float32)
+        total = w.values.reshape(groups, -1, n).sum(1, dtype=jnp.int32) if sums is None else sums
         left.append(-x.center)
-        right.append(total if w.center is None else total + values.shape[1] * w.center)
-    (m, _), n = values.shape, codes.shape[1]
+        right.append(total if w.center is None else total.astype(jnp.float32) + k // groups * w.center)
 
-    def stacked(parts: list, length: int) -> jax.Array:
-        return jnp.stack([jnp.broadcast_to(jnp.asarray(part).astype(dtype).reshape(-1), length) for part in parts])
+    def stacked(parts: list, shape: tuple[int, int]) -> jax.Array | None:
+        return jnp.stack([jnp.broadcast_to(jnp.asarray(a).astype(exact), shape) for a in parts]) if parts else None
 
-    operands = Operands(
-        values,
-        codes,
-        element_scale(w, fmt, n),
-        rows=None if x.scale is None else jnp.broadcast_to(x.scale, (m, 1)),
-        left=stacked(left, m)[:, :, None] if left else None,
-        right=stacked(right, n)[:, None] if right else None,
-    )
-    return packed_matmul(operands, carrier, interpret=interpret)
+    rows = None if x.scale is None else jnp.broadcast_to(x.scale, (m, 1))
+    operands = Operands(values, codes, scale, rows, stacked(left, (m, groups)), stacked(right, (groups, n)))
+    return packed_matmul(operands, carrier, dtype=dtype, interpret=interpret)
+
+
+def _sums_of_groups(values: jax.Array, groups: int, dtype: Any) -> jax.Array:
+    """Of [M, K] over each group, [M, groups], as a product: of a reshaped activation XLA makes a larger copy."""
+    if groups == 1:
+        return values.sum(1, dtype=dtype, keepdims=True)
+    k = values.shape[1]
+    member = jnp.arange(k)[:, None] // (k // groups) == jnp.arange(groups)[None]
+    return jnp.dot(values, member.astype(values.dtype), preferred_element_type=dtype)
+
+
+def _activations_dtype(x: Integers, fmt: Int | Float, kind: str) -> Any:
+    """What holds an activation beside weights of a format: int8, bfloat16, or an e4m3's four significant bits."""
+    if x.largest is None or x.bound is None:
+        return jnp.bfloat16
+    if isinstance(fmt, Int):
+        return jnp.int8
+    return elements_dtype(kind) if x.bound < 16 and x.largest <= 448 else jnp.bfloat16

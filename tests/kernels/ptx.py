@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from tests.kernels.ptx_memory import BUFFER, MAPS, Barrier, Block, Tiled, swizzled
+
 LANES = 128  # threads of a warpgroup, worked on at once
-BUFFER, MAPS = 1 << 32, 1 << 48  # the n-th buffer is at (n + 1) * BUFFER; tensor maps are at MAPS, 128 bytes each
 THREAD = np.arange(LANES)
 T, Q, WARP = THREAD % 4, THREAD // 4 % 8, THREAD // 32
 TYPES = {"u32": np.uint32, "s32": np.int32, "b32": np.uint32, "u64": np.uint64, "s64": np.int64, "b64": np.uint64}
@@ -25,57 +25,6 @@ BINARY |= {"sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.
 COMPARED: dict[str, Callable] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
 COMPARED |= {"gt": np.greater, "ge": np.greater_equal}
 NOTHING = ("fence", "setmaxnreg", "wgmma.fence", "wgmma.commit", "wgmma.wait", "cp.async.bulk.commit")
-
-
-@dataclass(frozen=True)
-class Tiled:
-    """A matrix in device memory as a tensor map shows it: tiles of 8 rows of 128 bytes, `box` of them a copy."""
-
-    matrix: np.ndarray
-    box: tuple[int, int]
-
-    def copy(self, at: list[int]) -> np.ndarray:
-        """The bytes of the box at a tile, [rows, columns, 8, 128]; an axis with one tile only is left out of `at`."""
-        height, width = self.matrix.shape[0] // 8, self.matrix.view(np.uint8).shape[1] // 128
-        tiles = self.matrix.view(np.uint8).reshape(height, 8, width, 128).swapaxes(1, 2)
-        left = list(at)
-        row, column = (left.pop(0) if n > 1 else 0 for n in (height, width))
-        found = tiles[row : row + self.box[0], column : column + self.box[1]]
-        assert not left and found.shape[:2] == self.box, f"a copy out of bounds, at {at}"
-        return found
-
-
-@dataclass
-class Barrier:
-    count: int
-    pending: int
-    bytes: int = 0
-    phase: int = 0
-
-    def move(self, arrivals: int = 0, expected: int = 0) -> None:
-        self.bytes += expected
-        self.pending -= arrivals
-        assert self.pending >= 0
-        if self.pending == 0 and self.bytes == 0:
-            self.pending, self.phase = self.count, self.phase + 1
-
-
-@dataclass
-class Block:
-    """What the warpgroups of a block share."""
-
-    maps: list[Tiled]
-    buffers: list[np.ndarray]
-    shared: np.ndarray = field(default_factory=lambda: np.zeros(232448, np.uint8))
-    barriers: dict[int, Barrier] = field(default_factory=dict)
-
-    def bytes_at(self, address: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The memory, and where in it the bytes are, [128, length]."""
-        at = address.astype(np.int64)[:, None] + np.arange(length)
-        which = int(at[0, 0]) // BUFFER
-        assert (at // BUFFER == which).all()
-        memory = self.shared if which == 0 else self.buffers[which - 1].reshape(-1).view(np.uint8)
-        return memory, at % BUFFER
 
 
 def run(ptx: str, grid: tuple[int, int, int], warpgroups: int, maps: list[Tiled], buffers: list[np.ndarray]) -> None:
@@ -310,10 +259,6 @@ class Warpgroup:
         for i, register in enumerate(names):
             row, column = 16 * WARP + Q + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * T + i % 2
             self.values[register] = rounded(self.floats(register, "f32") + total[row, column], "f32")
-
-
-def swizzled(address: np.ndarray) -> np.ndarray:
-    return address ^ ((address >> 7 & 7) << 4)
 
 
 def bfloat16(words: np.ndarray) -> np.ndarray:

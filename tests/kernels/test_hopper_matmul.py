@@ -1,5 +1,6 @@
 """The Hopper kernel: its meaning, when it is chosen, what it compiles to, and that run in numpy (`ptx.py`)."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import jax
@@ -177,6 +178,20 @@ def test_what_the_kernel_is_given_means_the_plain_product(weights, monkeypatch):
     found = gpu.packed_product(x, leaf.planes[0], w, leaf.split)
     wanted = product(Integers(X.astype(jnp.float32)), w, None, "int8", "highest")
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("weights", [Int(4, symmetric=False), Float(2, 1)], ids=str)
+def test_groups(weights, monkeypatch):
+    from jaxq.kernels import gpu
+    from jaxq.kernels.plain import Integers, weight_integers
+
+    tree = packed(jaxq.per_group(weights, 128))
+    leaf = tree.params["w"]
+    assert "jaxq_hopper_matmul" in lowered(tree, "experimental")
+    monkeypatch.setattr(hopper, "hopper_matmul", hopper.plain_hopper_matmul)
+    found = gpu.packed_product(Integers(X), leaf.planes[0], weight_integers(leaf), leaf.split)
+    wanted = np.asarray(X, float) @ np.asarray(replace(leaf, dtype=jnp.float32).dequantize(), float)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_elsewhere_and_for_derivatives_it_is_the_plain_product():

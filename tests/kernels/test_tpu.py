@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import (
     AbstractDevice,
     AbstractMesh,
@@ -19,16 +21,21 @@ from jax.sharding import (
 from jax.sharding import PartitionSpec as P
 
 import jaxq
+from jaxq import products
 from jaxq.formats import Float, Int
 from jaxq.kernels.plain import Integers, activation_integers, product, shifted, weight_integers
 from jaxq.kernels.tpu import E4M3, has_kernel, packed_product
-from jaxq.qtensor import PerTensor, PerToken
-from jaxq.quantizer import per_channel, per_tensor, quantize_weight
+from jaxq.qtensor import Packed, PerTensor, PerToken
+from jaxq.quantizer import per_channel, per_group, per_tensor, quantize_weight
 
 M, K, N = 5, 512, 700
 WEIGHTS = [Int(4), Int(4, symmetric=False), Float(2, 1), Float(1, 2), Float(3, 0)]
 X = jax.random.normal(jax.random.key(0), (M, K)) * 3 + 0.5
 W = jax.random.normal(jax.random.key(1), (K, N))
+
+
+def linear(p, x):
+    return x @ p["w"]
 
 
 def read(activations) -> Integers:
@@ -43,7 +50,7 @@ def read(activations) -> Integers:
 
 def both(x: Integers, weights, device: str, sums: bool = True) -> tuple[jax.Array, jax.Array]:
     packed = jaxq.pack({"w": quantize_weight(W, per_channel(weights), (0,))})["w"]
-    w = weight_integers(packed.unpack())
+    w = weight_integers(packed)
     total = w.values.sum(0, dtype=jnp.int32, keepdims=True) if sums and isinstance(weights, Int) else None
     assert has_kernel(x, packed.split)
     found = packed_product(x, packed.planes[0], w, packed.split, total, device, interpret=True)
@@ -58,6 +65,36 @@ def test_the_kernels_product_is_the_plain_one(activations, weights, device):
     found, wanted = both(x, weights, device)
     atol = (2e-6 if x.bound is not None else 1e-5) * float(jnp.abs(wanted).max())
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=atol)
+
+
+@pytest.mark.parametrize("size", [128, 256])
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("activations", [Int(8), Float(2, 1), None], ids=str)
+def test_groups(activations, weights, size):
+    """The kernel's product is that of the decoded numbers."""
+    x, packed = read(activations), jaxq.pack({"w": quantize_weight(W, per_group(weights, size), (0,))})["w"]
+    assert has_kernel(x, packed.split, K // size) and not has_kernel(x, packed.split, K // 64)
+    w = weight_integers(packed)
+    found = packed_product(x, packed.planes[0], w, packed.split, None, "TPU7x", interpret=True)
+    wanted = exact(x, packed)
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize("weights", WEIGHTS[:2], ids=str)
+def test_zero_points_of_the_activation_in_groups(weights, sums):
+    x, recipe = read(Int(8, symmetric=False)), jaxq.quantize(per_group(weights, 128), Int(8, symmetric=False))
+    packed = jaxq.pack(jaxq.calibrate(linear, {"w": W}, [X], recipe)).params["w"]
+    assert packed.sums.shape == (K // 128, N)
+    given = packed.sums if sums else None
+    found = packed_product(x, packed.planes[0], weight_integers(packed), weights, given, "TPU v6 lite", interpret=True)
+    wanted = exact(x, packed)
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6 * np.abs(wanted).max())
+
+
+def exact(x: Integers, packed: Packed) -> np.ndarray:
+    values = np.asarray(x.values if x.center is None else x.values + x.center, float)
+    return values @ np.asarray(packed.dequantize(), float) * (1 if x.scale is None else np.asarray(x.scale, float))
 
 
 @pytest.mark.parametrize("sums", [True, False])
@@ -85,11 +122,14 @@ def test_numbers_without_a_kernel():
 
 
 SEARCH = jaxq.FloatSearch(rounds=1, clips=jaxq.steps.log_clips(count=3))
+GROUPED = jaxq.per_group(Int(4, symmetric=False), 128)
 RECIPES = {
     "w4a8": (jaxq.quantize(Int(4), Int(8, symmetric=False)), jnp.float32),
     "w4a16": (jaxq.quantize(Int(4), None), jnp.bfloat16),
     "e2m1": (jaxq.quantize(Float(2, 1), Float(2, 1)), jnp.float32),
     "llm_fp4": (jaxq.post_shifted_fp4(4, 4, search=SEARCH), jnp.float32),
+    "w4a8_g128": (jaxq.quantize(GROUPED, Int(8, symmetric=False)), jnp.float32),
+    "w4a16_g128": (jaxq.quantize(GROUPED, None), jnp.bfloat16),
 }
 
 
@@ -99,17 +139,13 @@ def one_device(kind: str | None) -> AbstractMesh:
 
 
 def lowered(
-    recipe, x: jax.Array, products="int8", kind: str | None = "TPU v6 lite", on: Sharding | None = None
+    recipe, x: jax.Array, how="int8", kind: str | None = "TPU v6 lite", on: Sharding | None = None
 ) -> jax.stages.Lowered:
     """The program for a TPU of a product with a packed weight."""
-
-    def forward(p, x):
-        return x @ p["w"]
-
-    tree = jaxq.pack(jaxq.calibrate(forward, {"w": W.astype(x.dtype)}, [x], recipe))
+    tree = jaxq.pack(jaxq.calibrate(linear, {"w": W.astype(x.dtype)}, [x], recipe))
     given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on), (tree, x))
     with use_abstract_mesh(one_device(kind)):
-        return jax.jit(jaxq.execute(forward, products)).trace(*given).lower(lowering_platforms=("tpu",))
+        return jax.jit(jaxq.execute(linear, how)).trace(*given).lower(lowering_platforms=("tpu",))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -118,12 +154,38 @@ def test_execute_has_a_tpu_run_the_kernel(name):
     assert "jaxq_packed_matmul" in lowered(recipe, X.astype(dtype)).as_text()
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_execute_computes_by_the_kernel_is_the_simulation(name, monkeypatch):
+    """The whole way from the program to the kernel, which is interpreted, and back."""
+    monkeypatch.setattr(products, "_device", lambda *_: "TPU v6 lite")
+    monkeypatch.setattr(products, "_either", lambda platform, kernel, plain: kernel)
+    recipe, dtype = RECIPES[name]
+    x = X.astype(dtype)
+    tree = jaxq.calibrate(linear, {"w": W.astype(dtype)}, [x], recipe)
+    with pltpu.force_tpu_interpret_mode():
+        found = jax.jit(jaxq.execute(linear))(jaxq.pack(tree), x)
+    wanted = np.asarray(jax.jit(jaxq.execute(linear))(tree, x), float)
+    rounding = 4e-6 if dtype == jnp.float32 else 2e-2  # the simulation rounds weights to bfloat16
+    np.testing.assert_allclose(np.asarray(found, float), wanted, atol=rounding * np.abs(wanted).max())
+
+
+@pytest.fixture
+def no_compilation_cache():
+    """What is compiled for a device that is not there cannot be read back from the cache."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="no TPU compiler: pip install 'jaxq[tpu-aot]'")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_execute_compiles_for_tpus(name, topology, monkeypatch):
-    """Nothing of the size of the weight is made on the way, but for the activation in other numbers."""
+def test_execute_compiles_for_tpus(name, topology, monkeypatch, no_compilation_cache):
+    """Nothing of the size of the weight in bfloat16 is made on the way."""
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     recipe, dtype = RECIPES[name]
@@ -135,19 +197,15 @@ def test_execute_compiles_for_tpus(name, topology, monkeypatch):
 @pytest.mark.parametrize("name", RECIPES)
 def test_on_a_mesh_kernels_run_inside_shard_map(name):
     """XLA cannot partition a kernel: where it divides the work itself, it also multiplies."""
-
-    def forward(p, x):
-        return x @ p["w"]
-
     recipe, dtype = RECIPES[name]
     x = X[:4].astype(dtype)
-    tree = jaxq.pack(jaxq.calibrate(forward, {"w": W.astype(dtype)}, [x], recipe))
+    tree = jaxq.pack(jaxq.calibrate(linear, {"w": W.astype(dtype)}, [x], recipe))
     mesh = AbstractMesh(
         (2, 2), ("data", "model"), (AxisType.Auto,) * 2, abstract_device=AbstractDevice("TPU v6 lite", None, "tpu")
     )
     held = jaxq.shardings(tree, {"w": P(None, "model")}, mesh)
     specs = jax.tree.map(lambda s: s.spec, held)
-    parts = jax.shard_map(jaxq.execute(forward), mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data", "model"))
+    parts = jax.shard_map(jaxq.execute(linear), mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data", "model"))
 
     def program(run, *at) -> str:
         given = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), (tree, x), at)
@@ -156,7 +214,7 @@ def test_on_a_mesh_kernels_run_inside_shard_map(name):
 
     data = NamedSharding(mesh, P("data"))
     assert "jaxq_packed_matmul" in program(parts, held, data)
-    assert "jaxq_packed_matmul" not in program(jaxq.execute(forward), held, data)
+    assert "jaxq_packed_matmul" not in program(jaxq.execute(linear), held, data)
 
 
 def test_a_cast_of_the_weight_keeps_its_kernel():
@@ -172,7 +230,8 @@ def test_a_cast_of_the_weight_keeps_its_kernel():
 
 def test_execute_has_no_kernel_run_elsewhere():
     recipe = jaxq.quantize(Int(4), Int(8))
-    assert "jaxq_packed_matmul" not in lowered(recipe, X, products="float").as_text()
+    assert "jaxq_packed_matmul" not in lowered(recipe, X, how="float").as_text()
     assert "jaxq_packed_matmul" not in lowered(recipe, X, kind="TPU v4").as_text()
     assert "jaxq_packed_matmul" not in lowered(recipe, X, kind=None).as_text()
     assert "jaxq_packed_matmul" not in lowered(jaxq.quantize(Int(8), Int(8)), X).as_text()
+    assert "jaxq_packed_matmul" not in lowered(jaxq.quantize(jaxq.per_group(Int(4), 64), Int(8)), X).as_text()

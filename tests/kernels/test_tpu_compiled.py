@@ -23,9 +23,6 @@ def check(row: dict) -> None:
     name, target = row["kernel"], row["target"]
     assert row["temporary"] == 0
     assert row["bundles"] <= slack(name, target, row["rows"]) * row["floor"], row
-    if name.startswith("quantize"):
-        assert not row["instructions"]
-        return
     pushed = PUSHED[next(kind for kind in (name, name.split("_")[0], "float") if kind in PUSHED)][target]
     assert {key for key in row["instructions"] if key.startswith("vmatpush")} == {f"vmatpush.{pushed}"}, row
 
@@ -36,8 +33,6 @@ def slack(name: str, target: str, rows: int) -> float:
     Decoding tokens a step is to wait for memory, not memory for it, except on v7x, whose memory is faster than its
     vector unit decodes. With many rows the scales of groups of 128 cost a pass over the result each.
     """
-    if name.startswith("quantize"):
-        return 6.0  # divisions, as exact as the simulation's
     if rows > 16:
         return 4.2 if name.endswith("g128") else 1.45
     return 2.2 if target == "v7x" else 1.0
@@ -52,6 +47,6 @@ def test_one_kernel_compiles():
 @pytest.mark.parametrize("target", ["v5e", "v6e", "v7x"])
 def test_all_kernels_compile(target):
     rows = rows_of("tpu_compiled.py", "--targets", target, "--rows", "16", "256")
-    assert len(rows) == 26
+    assert len(rows) == 20
     for row in rows:
         check(row)
