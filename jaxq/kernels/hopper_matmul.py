@@ -40,6 +40,7 @@ from jaxq.kernels.layout import BLOCK, HALF, fits, unpack_codes
 STEP = 2 * DEPTH  # channels of one step of the pipeline: DEPTH of the low nibbles, DEPTH of the high ones
 SHARED = 192 << 10  # bytes of shared memory for the steps under way
 MULTIPROCESSORS = 132
+NO_INDEX = (None,) if jax.__version_info__ < (0, 11) else ()  # of `plgpu.load`, which JAX 0.10 must be told
 
 
 def hopper_matmul(
@@ -112,7 +113,8 @@ def _kernel(
 
     def scaled(sums: jax.Array, group: Any) -> jax.Array:
         """Sums [128, rows] as they are stored, [rows, 128], times their scales."""
-        factors = plgpu.load(scale, (group, columns), layout=registers.BYTES.reduce(0), optimized=False)
+        here = scale.at[group, columns]
+        factors = plgpu.load(here, *NO_INDEX, layout=registers.BYTES.reduce(0), optimized=False)
         factors = plgpu.layout_cast(lax.broadcast_in_dim(factors, (rows, COLUMNS), (1,)), registers.BYTES)
         return registers.result(sums) * factors
 
@@ -125,7 +127,7 @@ def _kernel(
 
     def all_at_once(_: Any, w_part: Any, low: Any, high: Any, sums: Any) -> Any:
         for part, x_part in zip(halves(w_part), (low, high)):
-            plgpu.wgmma(sums, part, plgpu.transpose_ref(x_part, (1, 0)))
+            plgpu.wgmma(sums, part, x_part.transpose((1, 0)))
         plgpu.wgmma_wait(0)
         return sums
 
@@ -134,7 +136,7 @@ def _kernel(
         for half, (part, x_part) in enumerate(zip(halves(w_part), (low, high))):
 
             def multiplied(sums: Any) -> jax.Array:
-                plgpu.wgmma(sums, part, plgpu.transpose_ref(x_part, (1, 0)))  # noqa: B023 - called at once
+                plgpu.wgmma(sums, part, x_part.transpose((1, 0)))  # noqa: B023 - called at once
                 return sums[...]
 
             sums = pl.run_scoped(multiplied, plgpu.WGMMAAccumulatorRef((COLUMNS, rows), jnp.float32))
