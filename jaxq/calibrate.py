@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxq.steps.group import Group, Step
 from jaxq.walk import Found, Leaves, Place, Walk, walk_groups
 
 Batch = Any
+Propagate = Literal["quantized", "full_precision"]
 
 
 def calibrate(
@@ -31,7 +32,7 @@ def calibrate(
     recipe: Step,
     *,
     masks: Sequence[Any] | None = None,
-    propagate: Literal["quantized", "full_precision"] = "quantized",
+    propagate: Propagate = "quantized",
     on_group: Callable[[Group], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Quantized:
@@ -56,13 +57,16 @@ def calibrate(
       A `Quantized` that `execute(forward)` runs.
 
     Raises:
-      ValueError: no or empty batches, batches of different shapes, non-finite weights or activations (with their path),
-        a rule that matches nothing, a site whose statistics cannot be collected. Besides, with `checkpoint`: a file
-        there is damaged, or it was made with another program, batches, masks, recipe, `propagate`, parameters or
-        activation of its group, or version of jaxq or JAX (of the recipe's functions their code and what they close
-        over are compared, not what they read from their modules); or arrays are spread over several processes.
+      TypeError: `recipe` is no step, or `params` a `Quantized`.
+      ValueError: an unknown `propagate`, no or empty batches, batches of different shapes, non-finite weights or
+        activations, integers to be quantized as an activation (with their path), a rule that matches nothing, a site
+        whose statistics cannot be collected. Besides, with `checkpoint`: a file there is damaged, or it was made with
+        another program, batches, masks, recipe, `propagate`, parameters or activation of its group, or version of jaxq
+        or JAX (of the recipe's functions their code and what they close over are compared, not what they read from
+        their modules); or arrays are spread over several processes.
       FoldError: a fold changed the function.
     """
+    _check_arguments(params, recipe, propagate)
     batches = [b if isinstance(b, (tuple, list)) else (b,) for b in batches]
     _check(batches, masks)
     program = trace(forward, params, *batches[0])
@@ -84,6 +88,19 @@ def calibrate(
         walk_groups(place, bodies, outputs=())
     changed = {p: x for p, x in place.leaves.current.items() if x is not leaves[p]}
     return Quantized(replace_leaves(params, changed), place.found.inputs, place.found.transforms)
+
+
+def _check_arguments(params: Any, recipe: Any, propagate: str) -> None:
+    if isinstance(params, Quantized):
+        raise TypeError(
+            "calibrate: params is a Quantized; give the float parameters, or its `.params` for a second pass"
+        )
+    if not isinstance(recipe, Step):
+        raise TypeError(
+            f"calibrate: recipe is {recipe!r}, not a step; make one with jaxq.quantize(...), jaxq.chain(...)"
+        )
+    if propagate not in get_args(Propagate):
+        raise ValueError(f"calibrate: propagate is {propagate!r}; possible are {', '.join(get_args(Propagate))}")
 
 
 def _check(batches: list[Any], masks: Sequence[Any] | None) -> None:

@@ -143,6 +143,11 @@ def _check_finite(group: Group) -> None:
         if not is_qtensor(w) and not _finite(w):
             raise ValueError(f"{path}: the weight has NaN or infinite values; the checkpoint is damaged")
     for i, x in enumerate(group.x):
+        if group.spec.activations and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"{group.plan.name}: the activation it reads has dtype {x.dtype}; cast it to a float dtype in the "
+                "function, or leave the site out with a `skip` pattern"
+            )
         if not _finite(x):
             raise ValueError(
                 f"{group.plan.name}: the activation it reads has NaN or infinite values in batch {i}; "

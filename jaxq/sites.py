@@ -128,10 +128,10 @@ def _table(rows: tuple[SiteRow, ...]) -> Table:
         if row.left_out:
             into = f"left out: {row.left_out}", ""
         else:
-            same = row.group == before and row.kind == "linear"
+            same = row.kind == "linear" and (row.group, row.kind) == before
             into = ("as above", "as above") if same else _targets(row)
         result.add_row(row.path, str(times), row.kind, _sizes(row), *into)
-        before = row.group
+        before = row.group, row.kind
     return result
 
 

@@ -33,10 +33,13 @@ def save(
     """Writes the directory `path`, all of it or none of it; `also(folder)` may put further files into it.
 
     `quantized.params` is made of dicts with str or int keys, lists, tuples, arrays and QTensors. `about` is whatever
-    JSON can say of the model (recipe, source, measurements). Raises FileExistsError where `path` exists and ValueError,
-    naming the place in the tree, for what cannot be stored; both before anything is written.
+    JSON can say of the model (recipe, source, measurements). Raises FileExistsError where `path` exists, TypeError if
+    `quantized` is no Quantized and ValueError, naming the place in the tree, for what cannot be stored; all before
+    anything is written.
     """
     path = Path(path).absolute()
+    if not isinstance(quantized, Quantized):
+        raise TypeError(f"{path}: saved is what `calibrate` or `pack` returns, not {kind(quantized)}")
     if os.path.lexists(path):
         raise FileExistsError(f"{path} exists: choose another path, or remove it first")
     arrays: dict[str, np.ndarray] = {}

@@ -324,6 +324,49 @@ def test_a_group_size_that_does_not_divide_names_the_site():
         jaxq.calibrate(two, TWO, [X], jaxq.quantize(activations=jaxq.per_group(jaxq.Int(4), 5)))
 
 
+def test_groups_along_the_last_of_several_axes_that_do_not_divide_name_the_site():
+    def heads(p, x):
+        return jnp.einsum("bthd,hdo->bto", jnp.einsum("btc,chd->bthd", x, p["q"]), p["o"])
+
+    params, x = {"q": normal(0, 32, 4, 8), "o": normal(1, 4, 8, 32)}, normal(2, 2, 3, 32)
+    for recipe in (jaxq.quantize(jaxq.mxfp4(), None), jaxq.quantize(None, jaxq.mxfp4())):
+        with pytest.raises(ValueError, match=r"o: groups of 32 do not divide its [48] channels.*skip"):
+            jaxq.calibrate(heads, params, [x], recipe)
+    image = normal(3, 2, 32, 5, 5)
+    with pytest.raises(ValueError, match="k: groups of 32 do not divide its 3 channels"):
+        jaxq.calibrate(
+            lambda p, x: lax.conv(x, p["k"], (1, 1), "SAME"), {"k": normal(4, 8, 32, 3, 3)}, [image],
+            jaxq.quantize(jaxq.mxfp4(), None),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"recipe": None}, TypeError, "recipe is None, not a step"),
+        ({"recipe": [jaxq.quantize()]}, TypeError, "not a step"),
+        ({"propagate": "quantised"}, ValueError, "propagate is 'quantised'; possible are quantized, full_precision"),
+        ({"params": jaxq.Quantized(TWO)}, TypeError, "params is a Quantized"),
+    ],
+)
+def test_wrong_arguments(change, error, message):
+    right = {"params": TWO, "batches": [X], "recipe": jaxq.quantize()}
+    with pytest.raises(error, match=message):
+        jaxq.calibrate(two, **right | change)
+
+
+def test_an_activation_of_integers_is_named():
+    named = pytest.raises(ValueError, match=r"a/kernel: the activation it reads has dtype int32.*cast.*skip")
+    with jax.numpy_dtype_promotion("standard"), named:
+        jaxq.calibrate(two, TWO, [jnp.ones(X.shape, jnp.int32)], jaxq.quantize())
+
+
+def test_a_path_that_reads_like_a_second_use_is_refused():
+    params = {"w": normal(0, 16, 8), "w#1": normal(1, 16, 8)}
+    with pytest.raises(ValueError, match="'w#1' has a #"):
+        jaxq.calibrate(lambda p, x: x @ p["w"] + x @ p["w#1"] + jnp.tanh(x) @ p["w"], params, [X], jaxq.quantize())
+
+
 def test_a_while_loop_is_named_and_can_be_left_out():
     def f(p, x, n):
         x = lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["a"]["kernel"])), (0, x))[1]

@@ -78,3 +78,10 @@ def test_what_is_left_out_is_said():
 def test_errors_of_the_function_come_through():
     with pytest.raises(KeyError, match="missing"):
         sites(lambda params, x: x @ params["missing"], {}, jnp.ones((2, 2)))
+
+
+def test_a_tied_head_is_not_as_above_its_lookup():
+    params = {"embed": jnp.ones((40, 8))}
+    found = sites(lambda p, t: jnp.tanh(p["embed"][t]) @ p["embed"].T, params, jnp.ones((2, 3), jnp.int32))
+    assert [r.kind for r in found] == ["lookup", "linear"]
+    assert "as above" not in str(found) and "used in 2 places" in " ".join(str(found).split())

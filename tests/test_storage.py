@@ -292,3 +292,9 @@ def test_restored_elsewhere(tmp_path, packed):
     for keys, array in want:
         np.testing.assert_array_equal(found[jax.tree_util.keystr(keys)], array, strict=True)
     np.testing.assert_array_equal(np.load(tmp_path / "sharded.npy"), leaf.dequantize())
+
+
+def test_only_a_quantized_tree_is_saved(tmp_path):
+    with pytest.raises(TypeError, match="what `calibrate` or `pack` returns, not builtins.dict"):
+        save(tmp_path / "model", {"w": jnp.ones(3)}, {})
+    assert not list(tmp_path.iterdir())

@@ -72,6 +72,8 @@ def trace(forward: Callable, params: Any, *inputs: Any) -> Program:
     twice = {p for p in paths if paths.count(p) > 1} if len(set(paths)) < len(paths) else None
     if twice:
         raise ValueError(f"two parameters share the path {sorted(twice)[0]!r}: rename one")
+    if marked := [p for p in paths if "#" in p]:
+        raise ValueError(f"the parameter {marked[0]!r} has a # in its path, which numbers a weight's uses: rename it")
     in_shapes = jax.tree.map(abstract, inputs)
     closed, out_shape = jax.make_jaxpr(forward, return_shape=True)(shapes, *in_shapes)
     count = len(closed.jaxpr.invars) - len(paths)

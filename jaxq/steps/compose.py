@@ -46,4 +46,5 @@ def partition(rules: Mapping[str, Step]) -> Step:
 
 def skip(patterns: tuple[str, ...] | list[str], step: Step) -> Step:
     """`step` everywhere but at the sites that match one of the patterns."""
-    return partition({**{p: nothing() for p in patterns}, "*": step}) if patterns else step
+    rules = dict.fromkeys(patterns, nothing())
+    return partition({**rules, **({} if "*" in rules else {"*": step})}) if patterns else step

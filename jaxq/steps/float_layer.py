@@ -53,7 +53,7 @@ def input_of(group: Group) -> Layer:
 def tokens_by_channels(group: Group) -> tuple[jax.Array, jax.Array]:
     """The group's input as [batches, tokens, channels], and which tokens are real."""
     pairs = [tokens_of(x, valid, (), group.plan.x_axes) for x, valid in zip(group.x, group.valid, strict=True)]
-    real = [jnp.ones(x.shape[1]) if valid is None else valid.astype(jnp.float32) for x, valid in pairs]
+    real = [jnp.ones(x.shape[1], jnp.float32) if valid is None else valid.astype(jnp.float32) for x, valid in pairs]
     return jnp.concatenate([x for x, _ in pairs]), jnp.stack(real)
 
 

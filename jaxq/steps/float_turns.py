@@ -207,7 +207,9 @@ def _weight(
     else:
         hat = quantized(x.reshape(-1, x.shape[2]), left)
         moment = (jnp.square(hat) * layer.real.reshape(-1, 1)).sum(0)
-        problem = plain_problem(blocks_of(seen, blocks), read(moment).reshape(blocks, -1), jnp.ones(len(w)))
+        problem = plain_problem(
+            blocks_of(seen, blocks), read(moment).reshape(blocks, -1), jnp.ones(len(w), jnp.float32)
+        )
         metric = diagonal_hessian
     found = _searched(problem, quantizer, metric, how)
     hat = fake_quant(quantizer.format, problem.v, found.scale, None, found.mantissa).transpose(1, 0, 2).reshape(w.shape)
@@ -237,7 +239,7 @@ def _input(
         ws, hats = (tuple(map(_in_order, these, layer.reads)) for these in (layer.ws, hats))
         problem, metric = activation_problem(x, real, ws, hats), how.metric
     else:
-        cost = jnp.zeros(x.shape[1]) if hats else jnp.ones(x.shape[1])
+        cost = jnp.full(x.shape[1], 0 if hats else 1, jnp.float32)
         for hat, reads in zip(hats, layer.reads, strict=True):
             cost = cost.at[jnp.arange(len(cost)) if reads is None else reads].add(jnp.square(hat).sum(0))
         problem, metric = plain_problem(x[None], cost, real), diagonal_hessian
@@ -276,4 +278,9 @@ def own_error(leaf: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], how:
 @partial(jax.jit, static_argnums=(1, 2))
 def _own_error(rows: jax.Array, quantizer: Quantizer, how: FloatSearch) -> Found:
     v = blocks_of(rows, _blocks(rows.shape, quantizer))
-    return _searched(plain_problem(v, jnp.ones(v.shape[2]), jnp.ones(len(rows))), quantizer, diagonal_hessian, how)
+    return _searched(
+        plain_problem(v, jnp.ones(v.shape[2], jnp.float32), jnp.ones(len(rows), jnp.float32)),
+        quantizer,
+        diagonal_hessian,
+        how,
+    )

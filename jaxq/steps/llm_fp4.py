@@ -104,8 +104,10 @@ def _contraction(group: Group, how: FloatSearch, tried: Sequence[Exponents]) -> 
     """A group of contractions with parameters."""
     w, x = group.spec.weights, group.spec.activations
     free = [m for m in group.plan.members if not is_qtensor(group.weights[m.site.path])]
-    if (w is None and x is None) or not free:
+    if w is None and x is None:
         return group
+    if not free:  # other sites have encoded them all, and the input alone is left to search
+        return _operand(group, how)
     able = x is not None and group.can_scale()
     found = alternate(layer_of(group, free), w, x, how, tried if able else (Exponents.NONE,))
     done = _with_input(group.noted(losses=found.losses), found.input)
@@ -158,7 +160,7 @@ def _table(group: Group, how: FloatSearch) -> Group:
 
 
 def _operand(group: Group, how: FloatSearch) -> Group:
-    """An operand of attention: the squared error of the operand itself."""
+    """An operand of attention, or an input that is all there is to search: its own squared error."""
     quantizer = group.spec.activations
     if quantizer is None:
         return group

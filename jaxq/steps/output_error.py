@@ -105,11 +105,12 @@ def weight_problem(
         slope += (lost @ w.T if direct else lost).T @ x_hat
         return (hessian, slope, energy + jnp.square(x @ w.T).sum(0)), None
 
-    start = jnp.zeros((blocks, n, n)), jnp.zeros((out if direct else channels, channels)), jnp.zeros(out)
+    shapes = (blocks, n, n), (out if direct else channels, channels), (out,)
+    start = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
     (hessian, slope, energy), _ = jax.lax.scan(accumulate, start, (_merged(x), _merged(real)))
     gradient = slope if direct else w @ slope
     energy = jnp.broadcast_to(energy, (blocks, out))
-    return Problem(blocks_of(w, blocks), hessian, blocks_of(gradient, blocks), energy, jnp.ones(out))
+    return Problem(blocks_of(w, blocks), hessian, blocks_of(gradient, blocks), energy, jnp.ones(out, jnp.float32))
 
 
 def _merged(a: jax.Array, tokens: int = 1024) -> jax.Array:

@@ -31,6 +31,9 @@ def quantize(
         quantizer's observer over all batches.
       attention: both operands of contractions of two activations (q k^T and p v).
       embeddings: tables that are looked up; a bare format means one grid a row.
+
+    Raises:
+      TypeError: one of them is neither a format, a quantizer nor None.
     """
     per_row = _described(embeddings, PerChannel())
     by_kind = {
@@ -48,10 +51,13 @@ def quantize(
 
 
 def _check_group_size(group: GroupPlan, weights: Quantizer | None, activations: Quantizer | None) -> None:
-    """Where the channels are one axis; where they are several, the grids themselves are checked when they are made."""
-    for quantizer in (weights, activations):
-        if quantizer is not None and isinstance(quantizer.granularity, PerGroup) and len(group.x_axes) == 1:
-            size, channels = quantizer.granularity.size, group.x_shape[group.x_axes[0]]
+    """Groups are runs along the last of the axes that are summed over: of the activation, and of each weight's leaf."""
+    runs = [(activations, group.x_shape[i]) for i in group.x_axes[-1:]]
+    for site in (member.site for member in group.members):
+        runs += [(weights, site.ref.shape[i]) for i in site.leaf_axes[-1:] if site.ref is not None]
+    for quantizer, channels in runs:
+        if quantizer is not None and isinstance(quantizer.granularity, PerGroup):
+            size = quantizer.granularity.size
             if channels % size:
                 raise ValueError(
                     f"{group.name}: groups of {size} do not divide its {channels} channels; choose a divisor of "
@@ -60,6 +66,8 @@ def _check_group_size(group: GroupPlan, weights: Quantizer | None, activations: 
 
 
 def _described(what: Description, granularity: PerChannel | PerTensor) -> Quantizer | None:
+    if not isinstance(what, Description):
+        raise TypeError(f"quantize: {what!r} is neither a format, as Int(8) or Float(2, 1), nor a quantizer, nor None")
     return what if what is None or isinstance(what, Quantizer) else Quantizer(what, granularity)
 
 

@@ -263,3 +263,28 @@ def test_a_group_that_does_not_divide_is_named() -> None:
     params, xs = made()
     with pytest.raises(ValueError, match="groups of 5 do not divide"):
         jaxq.calibrate(forward, params, list(xs), fp4(weights=jaxq.per_group(E2M1, 5)))
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_weight_of_two_uses_has_an_input_searched_for_each(scanned: bool) -> None:
+    def layer(h, w):
+        return h + jnp.tanh(h @ w), None
+
+    def used(params, x):
+        w = params["w"]
+        return jax.lax.scan(lambda h, _: layer(h, w), x, None, length=2)[0] if scanned else layer(layer(x, w)[0], w)[0]
+
+    x = jax.random.normal(jax.random.key(0), (5, C))
+    params = {"w": jax.random.normal(jax.random.key(1), (C, C)) / 4}
+    q = jaxq.calibrate(used, params, [x], fp4(weights=E2M1, activations=E2M1))
+    assert all(quant.grid is not None for quant in q.inputs.values())
+    assert sum(quant.grid.scale.size for quant in q.inputs.values()) == 2
+    assert float(jnp.abs(jaxq.execute(used)(q, x) - used(params, x)).mean()) < 0.2
+
+
+def test_with_x64_enabled() -> None:
+    params, xs = made()
+    with jax.enable_x64(True):
+        q = jaxq.calibrate(forward, params, list(xs), fp4())
+    same, want = jax.tree.leaves(q), jax.tree.leaves(calibrated(jaxq.llm_fp4))
+    assert [a.dtype for a in same] == [a.dtype for a in want]

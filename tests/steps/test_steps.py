@@ -192,8 +192,17 @@ def test_partition_takes_the_first_rule_and_skip_leaves_alone() -> None:
     assert bits == {"gate": 4, "up": 4, "down": 8}  # gate and up read one activation: one group, one rule
     _, _, quantized, _ = run(jaxq.skip(["down/*"], eight))
     assert isinstance(quantized.params["down"]["kernel"], jax.Array)
+    _, _, quantized, _ = run(jaxq.skip(["*"], eight))
+    assert not any(isinstance(quantized.params[k]["kernel"], jaxq.QTensor) for k in ("gate", "up", "down"))
     with pytest.raises(ValueError, match="dawn.*down/kernel"):
         run(jaxq.skip(["dawn/*"], eight))
+
+
+@pytest.mark.parametrize("wrong", [8, "int8", jaxq.Int])
+def test_what_is_no_description_of_numbers_is_refused(wrong) -> None:
+    for name in ("weights", "activations", "attention", "embeddings"):
+        with pytest.raises(TypeError, match="neither a format, as Int"):
+            jaxq.quantize(**{name: wrong})
 
 
 def test_where_and_nothing() -> None:
