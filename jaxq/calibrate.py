@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +17,7 @@ from jaxq.program.trace import Program, named_leaves, replace_leaves, trace
 from jaxq.qtensor import Quantized
 from jaxq.resume import of_calibration, resumed
 from jaxq.stages import Ahead
+from jaxq.steps.compose import matches
 from jaxq.steps.group import Group, Step
 from jaxq.walk import Found, Leaves, Place, Walk, walk_groups
 
@@ -140,7 +140,7 @@ def _check_patterns(program: Program, recipe: Step) -> None:
     """A rule that matches nothing is a misspelling."""
     names = {p for layout in program.layout.all() for g in layout.groups for p in (*g.sites, g.name)}
     for pattern in recipe.patterns:
-        if not any(fnmatch(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             near = get_close_matches(pattern, sorted(names), n=3, cutoff=0.3) or sorted(names)[:3]
             raise ValueError(f"the rule {pattern!r} matches no site; near it are {', '.join(near)}")
 

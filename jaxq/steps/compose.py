@@ -27,6 +27,11 @@ def nothing() -> Step:
     return Step(lambda _, spec: spec, lambda group: group)
 
 
+def matches(name: str, rule: str) -> bool:
+    """Whether a rule, a shell pattern, is for a site of this name; the name itself is, whatever characters it has."""
+    return name == rule or fnmatch(name, rule)
+
+
 def partition(rules: Mapping[str, Step]) -> Step:
     """The step of the first rule that matches one of a group's sites (or its name); groups without one are left alone.
 
@@ -36,7 +41,7 @@ def partition(rules: Mapping[str, Step]) -> Step:
 
     def choose(group: GroupPlan) -> Step:
         names = (*group.sites, group.name)
-        return next((step for rule, step in rules.items() if any(fnmatch(n, rule) for n in names)), nothing())
+        return next((step for rule, step in rules.items() if any(matches(n, rule) for n in names)), nothing())
 
     patterns = tuple(rules) + tuple(p for step in rules.values() for p in step.patterns)
     return Step(
@@ -45,6 +50,12 @@ def partition(rules: Mapping[str, Step]) -> Step:
 
 
 def skip(patterns: tuple[str, ...] | list[str], step: Step) -> Step:
-    """`step` everywhere but at the sites that match one of the patterns."""
+    """`step` everywhere but at the sites that match one of the patterns.
+
+    Raises:
+        TypeError: one pattern, not in a list.
+    """
+    if isinstance(patterns, str):
+        raise TypeError(f"skip: {patterns!r} is one pattern; give a list, [{patterns!r}]")
     rules = dict.fromkeys(patterns, nothing())
     return partition({**rules, **({} if "*" in rules else {"*": step})}) if patterns else step

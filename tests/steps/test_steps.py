@@ -198,6 +198,15 @@ def test_partition_takes_the_first_rule_and_skip_leaves_alone() -> None:
         run(jaxq.skip(["dawn/*"], eight))
 
 
+def test_a_path_with_brackets_names_itself_and_a_bare_string_is_refused() -> None:
+    params, x = {"l[0]": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}, jnp.ones((2, 4))
+    step = jaxq.skip(["l[0]"], jaxq.quantize())
+    inputs = jaxq.calibrate(lambda p, x: jnp.tanh(x @ p["l[0]"]) @ p["b"], params, [x], step).inputs
+    assert set(inputs) == {"b"}
+    with pytest.raises(TypeError, match=r"skip: 'b' is one pattern; give a list"):
+        jaxq.skip("b", jaxq.quantize())  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("wrong", [8, "int8", jaxq.Int])
 def test_what_is_no_description_of_numbers_is_refused(wrong) -> None:
     for name in ("weights", "activations", "attention", "embeddings"):
