@@ -42,6 +42,7 @@ def same(a: Any, b: Any, **tolerance: float) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
+@pytest.mark.slow
 def test_microbatches_are_one_big_batch():
     params, t = params_of(2), tokens(3, 6, 7)
     recipe = jaxq.chain(jaxq.smooth_quant(), ALL)

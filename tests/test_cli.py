@@ -172,6 +172,7 @@ def images(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_model_of_images(opt, images, text, pairs, tmp_path):
     model = write_model(tmp_path / "model", VIT)
     recipe = tmp_path / "os_plus.yaml"

@@ -211,7 +211,7 @@ def test_an_encoder():
     [
         pytest.param("stdlib-opt", marks=pytest.mark.slow),
         pytest.param("opt-tinystories-trained-here", marks=pytest.mark.slow),
-        "llama-stories260k",
+        pytest.param("llama-stories260k", marks=pytest.mark.slow),
         pytest.param("bloom-tinystories-trained-here", marks=pytest.mark.slow),
     ],
 )

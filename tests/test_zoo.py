@@ -22,7 +22,15 @@ from tests.zoo.trees import TREES
 
 ZOO = {make.__name__: make for make in [*BARE, *CONTROL, *TREES, *FLAX]}
 # Each has a faster relative in the zoo.
-SLOW = {"nnx_transformer", "nnx_params_only", "linen_block", "linen_remat", "linen_scan"}
+SLOW = {
+    "nnx_transformer",
+    "nnx_params_only",
+    "linen_block",
+    "linen_remat",
+    "linen_scan",
+    "linen_remat_scan",
+    "scan_blocks",
+}
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ZOO]
 
 

@@ -50,6 +50,7 @@ def test_one_file_for_three_platforms(model, step, packed):
     assert not [name for name in arrays if name.startswith(".transforms")]
 
 
+@pytest.mark.slow
 def test_it_runs_where_there_is_no_jaxq(model, tmp_path):
     step = jaxq.chain(jaxq.os_plus(), jaxq.quantize())
     q = jaxq.pack(jaxq.calibrate(model.forward, model.params, [TOKENS], jaxq.skip(["embed/*"], step)))

@@ -156,6 +156,7 @@ def test_stacked_layers_of_different_formats_are_the_layers_one_by_one(stacked):
     np.testing.assert_allclose(jaxq.execute(scanned)(stacked, X), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_stacked_layers_transformed_saved_and_exported(stacked, tmp_path):
     run = jaxq.execute(scanned)
     want = run(stacked, X)
@@ -198,6 +199,7 @@ def test_calibrating_on_goes_through_leaves_whose_format_is_data(stacked):
     np.testing.assert_array_equal(q.inputs["w"].grid.scale[0], jnp.abs(X).max() / np.float32(28))
 
 
+@pytest.mark.slow
 def test_stacked_float_codes_are_the_layers_codes():
     w = normal(0, 3, 8, 5)
     layers = [quantize_weight(a, jaxq.per_group(Float(2, 1), 4), (0,)) for a in w]

@@ -74,6 +74,7 @@ def test_the_transforms_alone_change_nothing(model):
     np.testing.assert_allclose(before(model.params, *first), after(quantized, *first), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_os_plus_beats_rounding_on_outliers(model):
     batches, masks = batches_of(8)
     six = jaxq.Int(6, symmetric=False)
