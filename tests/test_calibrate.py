@@ -123,6 +123,7 @@ def test_padding_is_left_out_in_a_scan_and_under_a_checkpoint():
         np.testing.assert_allclose(quant.grid.scale, want, rtol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_stack_and_its_layers_one_by_one_give_the_same():
     params, t = params_of(2), tokens(3, 2, 6)
     stacked = {**params, "layers": jax.tree.map(lambda *a: jnp.stack(a), *params["layers"])}

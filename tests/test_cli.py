@@ -392,6 +392,7 @@ def test_help_loads_nothing_slow():
     assert "quantize" in process("-m", "jaxq", "--help").stdout
 
 
+@pytest.mark.slow
 def test_killed_while_saving(opt, recipe, text, tmp_path):
     out = tmp_path / "out"
     command = ["quantize", opt, "--recipe", recipe, "--calibration", text, "--out", out]

@@ -201,11 +201,12 @@ def test_float_search(keys, want, monkeypatch):
             lambda: chain(channel_shift(), llm_fp4(4, 4, 4, search=SHORTER)),
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             [{"name": "os_plus", "candidates": 5}, {"name": "llm_fp4"}],
             lambda: chain(
                 os_plus(scale=channel_scale(1.0, 5, exhaustive(), where=fed_by_norm)), llm_fp4(4, 4, 4, search=SHORTER)
             ),
+            marks=pytest.mark.slow,
         ),
         (
             [{"name": "smooth_quant"}, {"name": "none"}],

@@ -383,6 +383,7 @@ class TestSave:
         self.refuse(tmp_path, edit, "final_norm/scale", "decode")
 
 
+@pytest.mark.slow
 def test_model_of_and_init():
     config = json.loads((GOLDEN / "llama" / "config.json").read_text())
     model = model_of(config, init(config, seed=1), name="fresh")
