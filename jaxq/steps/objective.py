@@ -121,10 +121,10 @@ def replay_quantized(
     products = None
     if weights is not None and activations is not None and _of_integers(piece, weights, activations):
         products = _products(piece, weights, activations, x, grid, scaled)
-    if activations is not None:
-        x = quantize_activation(x, activations.format, activations.granularity, grid, piece.x_axes)
-    if weights is not None:
+    elif weights is not None:
         scaled = [fake_quantize_weight(w, weights, c.leaf_axes, c.experts) for w, c in zip(scaled, piece.consumers)]
+    if activations is not None:  # not for the products alone: around a post-norm block a residual reads it, too
+        x = quantize_activation(x, activations.format, activations.granularity, grid, piece.x_axes)
     return replay(piece, replace(numbers, x=x, weights=tuple(scaled)), products)
 
 

@@ -204,7 +204,7 @@ def test_a_path_with_brackets_names_itself_and_a_bare_string_is_refused() -> Non
     inputs = jaxq.calibrate(lambda p, x: jnp.tanh(x @ p["l[0]"]) @ p["b"], params, [x], step).inputs
     assert set(inputs) == {"b"}
     with pytest.raises(TypeError, match=r"skip: 'b' is one pattern; give a list"):
-        jaxq.skip("b", jaxq.quantize())  # pyright: ignore[reportArgumentType]
+        jaxq.skip("b", jaxq.quantize())
 
 
 @pytest.mark.parametrize("wrong", [8, "int8", jaxq.Int])
