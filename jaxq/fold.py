@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from jaxq.program.graph import Node
 from jaxq.program.groups import GroupPlan, Layout
 from jaxq.program.trace import named_leaves, replace_leaves, trace
 from jaxq.program.views import pull
-from jaxq.qtensor import InputQuant, Quantized, Transform, is_qtensor
+from jaxq.qtensor import InputQuant, QTensor, Quantized, Transform, is_qtensor
 from jaxq.steps.group import through
 
 Leaves = dict[str, Any]
@@ -159,6 +159,25 @@ def layer_of(tree: Any, i: int, axis: int = 0) -> Any:
     return jax.tree.map(lambda a: a[(slice(None),) * axis + (i,)], tree)
 
 
+# What layers without one of these have where others have one: it changes nothing.
+NEUTRAL = {"shift": 0, "scale": 1, "exponents": 0}
+
+
 def stack_layers(layers: list[Any], axis: int = 0) -> Any:
-    """Equal trees of each layer as one tree with a layer axis."""
-    return jax.tree.map(lambda *a: jnp.stack([jnp.asarray(x) for x in a], axis), *layers)
+    """Trees of each layer as one tree with a layer axis. They are equal but for transforms and exponents, which a
+    search may have found in some layers only: the others get neutral ones."""
+
+    def stacked(*parts: Any) -> Any:
+        return jax.tree.map(lambda *a: jnp.stack([jnp.asarray(x) for x in a], axis), *_completed(parts))
+
+    return jax.tree.map(stacked, *layers, is_leaf=lambda a: isinstance(a, QTensor | InputQuant | Transform))
+
+
+def _completed(parts: Sequence[Any]) -> Sequence[Any]:
+    for name, value in NEUTRAL.items():
+        found = [getattr(part, name, None) for part in parts]
+        given = next((a for a in found if a is not None), None)
+        if given is not None:
+            same = jnp.full_like(given, value)
+            parts = [replace(part, **{name: same}) if a is None else part for part, a in zip(parts, found)]
+    return parts

@@ -188,6 +188,7 @@ def _scan(place: Place, node: Node, labels: list[Labels]) -> None:
     carries = [ops[split.consts : outside] for ops in operands]
     order = range(length - 1, -1, -1) if node.params["reverse"] else range(length)
     per_layer: dict[int, tuple[Found, dict[str, Any], list[list[Any]]]] = {}
+    changed: set[str] = set()
     for i in order:
         leaves, found = place.leaves.layer(axes, i), Found()
         before = dict(leaves.current)
@@ -201,10 +202,10 @@ def _scan(place: Place, node: Node, labels: list[Labels]) -> None:
             bodies,
         )
         carries = [out[: split.carry] for out in outs]
-        changed = {p: leaves.current[p] for p in axes if leaves.current[p] is not before[p]}
+        changed |= {p for p in axes if leaves.current[p] is not before[p]}
         place.leaves.current.update({p: x for p, x in leaves.current.items() if p not in axes})
-        per_layer[i] = found, changed, [out[split.carry :] for out in outs]
-    _stack(place, node, axes, [per_layer[i] for i in range(length)], carries)
+        per_layer[i] = found, {p: leaves.current[p] for p in axes}, [out[split.carry :] for out in outs]
+    _stack(place, node, {p: axes[p] for p in sorted(changed)}, [per_layer[i] for i in range(length)], carries)
 
 
 def _operand(place: Place, v: Any, m: int) -> Any:
@@ -221,11 +222,13 @@ def _env(body: Layout, values: list[Any]) -> Env:
 def _stack(
     place: Place, node: Node, axes: dict[str, int], layers: list[tuple[Found, dict, list]], carries: list[list[Any]]
 ) -> None:
+    """`axes`: of the leaves that were changed in any layer."""
     founds, leaves, ys = zip(*layers)
-    for path in leaves[0]:
-        place.leaves.current[path] = stack_layers([layer[path] for layer in leaves], axes[path])
+    for path, axis in axes.items():
+        place.leaves.current[path] = stack_layers([layer[path] for layer in leaves], axis)
     place.found.inputs.update(stack_layers([f.inputs for f in founds]))
-    place.found.transforms.update(stack_layers([f.transforms for f in founds]))
+    for name in dict.fromkeys(name for f in founds for name in f.transforms):
+        place.found.transforms[name] = stack_layers([f.transforms.get(name, Transform()) for f in founds])
     for m, env in enumerate(place.envs):
         stacked = [jnp.stack(list(y)) for y in zip(*(layer[m] for layer in ys))]
         env.update(zip(node.outs, [*carries[m], *stacked], strict=True))

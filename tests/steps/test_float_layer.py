@@ -11,7 +11,7 @@ import pytest
 
 import jaxq
 from jaxq.formats import fake_quant
-from jaxq.steps import log_clips
+from jaxq.steps import Exponents, log_clips
 from tests.test_zoo import distance
 from tests.zoo import bare, control
 from tests.zoo.specimen import Specimen, linear, linear_params, norm, norm_params, normal
@@ -149,6 +149,35 @@ def test_layers_of_a_scan_choose_their_own_formats() -> None:
     x = s.inputs[0]
     by_hand = jax.nn.tanh(jax.nn.tanh(x @ w.dequantize()[0]) @ w.dequantize()[1])
     np.testing.assert_allclose(run(q, x), by_hand, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("quiet_first", [True, False])
+@pytest.mark.parametrize("folds", [True, False])
+@pytest.mark.parametrize("kind", [Exponents.PRE_SHIFTED, pytest.param(Exponents.POST_SHIFTED, marks=pytest.mark.slow)])
+def test_some_layers_of_a_scan_have_exponents(kind, folds: bool, quiet_first: bool) -> None:
+    """As the layers one by one, of which one has no exponents beside one that has; folded into gains or at run time."""
+    gains = jnp.stack([jnp.ones(16), jnp.where(jnp.arange(16) % 2, 0.1, 1.0)])[:: -1 if quiet_first else 1]
+    params = {"gain": gains, "w": normal(1, 2, 16, 16)}
+
+    def layer(x, p):
+        x = jnp.sign(x) * p["gain"][None]
+        return (x if folds else jnp.maximum(x, -9.0)) @ p["w"]
+
+    def scanned(p, x):
+        return jax.lax.scan(lambda x, p: (layer(x, p), None), x, p)[0]
+
+    def one_by_one(p, x):
+        return layer(layer(x, p["0"]), p["1"])
+
+    x, step = normal(0, 32, 16), jaxq.llm_fp4(4, 4, search=SEARCH, exponents=(kind,))
+    apart = {str(i): {name: a[i] for name, a in params.items()} for i in range(2)}
+    q, want = jaxq.calibrate(scanned, params, [x], step), jaxq.calibrate(one_by_one, apart, [x], step)
+    assert len(want.transforms) == 1
+    assert folds == all(quant.scale is None for quant in q.inputs.values())
+    y = jaxq.execute(scanned)(q, x)
+    for other in (jaxq.execute(one_by_one)(want, x), jaxq.execute(scanned)(jaxq.pack(q), x)):
+        same = np.isclose(y, other, rtol=1e-4, atol=1e-4).all(1)
+        assert same.mean() > 0.8  # the others have a sign of what is nearly 0
 
 
 @pytest.mark.slow
