@@ -355,3 +355,19 @@ def test_real_scales_are_what_they_were():
     assert q.grid.outer is None
     codes = encode(Float(2, 1), x, jnp.repeat(q.grid.scale, 16, axis=1))
     np.testing.assert_array_equal(q.codes, codes)
+
+
+@pytest.mark.parametrize("quantizer", [jaxq.mxfp4(), jaxq.per_group(jaxq.Int(4), 16)], ids=["mxfp4", "group"])
+def test_blocks_of_several_axes_run_along_the_innermost(quantizer) -> None:
+    """Attention's output projection, [heads, features] summed over, is the product of the two axes in one."""
+    x, w = normal(0, 2, 3, 4, 32), normal(1, 4, 32, 8)
+
+    def flat(p, x):
+        return x.reshape(2, 3, 128) @ p["w"].reshape(128, 8)
+
+    def heads(p, x):
+        return jnp.einsum("bthd,hdo->bto", x, p["w"])
+
+    step = jaxq.quantize(None, quantizer)
+    one, other = (jaxq.execute(f)(jaxq.calibrate(f, {"w": w}, [x], step), x) for f in (flat, heads))
+    np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-5)

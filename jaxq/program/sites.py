@@ -220,7 +220,9 @@ def _operands(node: Node, x: int, w: int) -> Operands:
     experts = tuple(batch[w])
     if ragged:
         experts += tuple(node.params["ragged_dot_dimension_numbers"].rhs_group_dimensions)
-    return Operands(x, w, tuple(contract[x]), tuple(contract[w]), tuple(contract[w]), experts=experts)
+    pairs = sorted(zip(contract[x], contract[w]))  # as they lie in x, so that its blocks run along its innermost axis
+    x_axes, w_axes = tuple(i for i, _ in pairs), tuple(j for _, j in pairs)
+    return Operands(x, w, x_axes, w_axes, w_axes, experts=experts)
 
 
 def leaf_axes_of(ref: Ref, axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
