@@ -12,7 +12,7 @@ demo: $(BASE)
 	$(BIN)/jaxq demo
 
 test: $(DEV)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: $(DEV) $(MINILM)
 	$(BIN)/pytest -m "slow or hypothesis" --hypothesis-profile thorough
