@@ -50,7 +50,11 @@ PATHS = {  # weights, activations, the type of the fastest matrix units that hol
     "fp4a16_g128": (jaxq.per_group(E2M1, 128), None, "bfloat16"),
     "fp8a8": (E4M3, E4M3, "float8_e4m3fn"),
     "fp8a16": (E4M3, None, "bfloat16"),
+    "w4a16_g32": (jaxq.per_group(UINT4, 32), None, "bfloat16"),
+    "w4a8_g32": (jaxq.per_group(Int(4), 32), jaxq.per_token(Int(8)), "int8"),
     "mxfp4a16": (jaxq.mxfp4(), None, "bfloat16"),
+    "nvfp4a16": (jaxq.nvfp4(), None, "bfloat16"),
+    "mxfp8a16": (jaxq.mxfp8(), None, "bfloat16"),
 }  # fmt: skip
 # 132 multiprocessors at 1.83 GHz, 4.8 TB/s. FP8 is multiplied in bfloat16: the tensor cores' sums of FP8 are not exact.
 H200 = Target("h200", "NVIDIA H200", {"int8": 132 * 4096, "bfloat16": 132 * 2048}, 4800 / 1.83)

@@ -92,6 +92,10 @@ def cases(t: Target, rows: int) -> dict[str, Case]:
         "e1m2_a16": product(t, rows, Float(1, 2), a16),
         "e3m0_a16": product(t, rows, Float(3, 0), a16),
         "e2m1_a16_g128": product(t, rows, e2m1, a16, K // 128),
+        "w4a8_g32": product(t, rows, Int(4), jnp.int8, K // 32),
+        "int4_a16_g32": product(t, rows, Int(4), a16, K // 32, zero=True),
+        "e2m1_a16_g32": product(t, rows, e2m1, a16, K // 32),
+        "e2m1_a16_g16": product(t, rows, e2m1, a16, K // 16),
         "e2m1_a4": product(t, rows, e2m1, elements_dtype(t.kind)),
     }
 

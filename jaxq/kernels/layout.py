@@ -50,9 +50,11 @@ def plane_rows(k: int, width: int) -> int:
     return k // BLOCK * BLOCK // parts + -(-(k % BLOCK) // parts)
 
 
-def fits(k: int, groups: int) -> bool:
-    """Whether kernels for 4-bit codes take K channels in so many groups: whole blocks, and groups of whole halves."""
-    return k % BLOCK == 0 and k % groups == 0 and (groups == 1 or k // groups % HALF == 0)
+def fits(k: int, groups: int, least: int = HALF) -> bool:
+    """Whether kernels for 4-bit codes take K channels in so many groups: whole blocks, and groups of whole halves, or
+    that halves consist of, of `least` channels or more."""
+    size = k // groups
+    return k % BLOCK == 0 and k % groups == 0 and size >= least and (size % HALF == 0 or HALF % size == 0)
 
 
 def can_split(k: int, bits: int, parts: int) -> bool:

@@ -32,6 +32,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxq.kernels.carrier import Carrier
 from jaxq.kernels.layout import HALF, fits
 
+SMALLEST_GROUP = 16
 X_BYTES, W_BYTES = 3 << 20, 1 << 20  # a block of x and of weights; each is in fast memory twice
 VMEM = 48 << 20
 
@@ -67,13 +68,15 @@ def packed_matmul(
         [M, N].
 
     Raises:
-        ValueError: the shapes do not fit each other, or packed codes do not come in whole blocks of 256, groups in
-            multiples of 128: there `plain_packed_matmul` serves.
+        ValueError: the shapes do not fit each other, or packed codes do not come in whole blocks of 256, groups of 16,
+            32, 64 or a multiple of 128: there `plain_packed_matmul` serves.
     """
     x, w, scale, _, left, right = operands
     _check(x, w, scale)
     (m, k), n = x.shape, w.shape[1]
     bm, bn = blocks(m, k, n, x.dtype.itemsize)
+    if k // scale.shape[0] < HALF:
+        bm = -(-bm // 8) * 8  # whole registers, which copies of x are stacked of
     specs = {
         "x": pl.BlockSpec((bm, k), lambda i, j: (i, 0)),
         "w": pl.BlockSpec((w.shape[0], bn), lambda i, j: (0, j)),
@@ -109,17 +112,45 @@ def blocks(m: int, k: int, n: int, x_bytes: int) -> tuple[int, int]:
 
 
 def _kernel(refs: dict, out: Any, *, carrier: Carrier) -> None:
+    small = refs["x"].shape[1] // refs["scale"].shape[0] < HALF
+    weights = _carriers(refs["w"], carrier)
+    total = (_small_groups if small else _groups)(refs, weights, carrier)
+    if "rows" in refs:
+        total = total * refs["rows"][...]
+    out[...] = jnp.asarray(total).astype(out.dtype)
+
+
+def _groups(refs: dict, weights: tuple[jax.Array, ...], carrier: Carrier) -> jax.Array:
     groups = refs["scale"].shape[0]
     size = refs["x"].shape[1] // groups
-    weights = _carriers(refs["w"], carrier)
     scale = refs["scale"][...] * jnp.float32(1 / carrier.unit)  # exact, the unit being a power of two
     total = jnp.float32(0)
     for g in range(groups):
         a, b = _slices(refs["x"], weights, g * size, size)
         total = total + _corrected(_dot(a, b), refs, carrier, slice(g, g + 1)) * scale[g : g + 1, :]
-    if "rows" in refs:
-        total = total * refs["rows"][...]
-    out[...] = jnp.asarray(total).astype(out.dtype)
+    return jnp.asarray(total)
+
+
+def _small_groups(refs: dict, weights: tuple[jax.Array, ...], carrier: Carrier) -> jax.Array:
+    """Groups that a run of 128 channels consists of. The matrix unit, which holds a run of weights, is given x once for
+    each of its groups, the other groups' channels being 0: the weights are pushed once and never scaled."""
+    x, scale = refs["x"], refs["scale"][...]
+    (rows, k), parts = x.shape, HALF * scale.shape[0] // x.shape[1]
+    member = jax.lax.broadcasted_iota(jnp.int32, (rows, HALF), 1) >> (HALF // parts).bit_length() - 1
+    total = jnp.zeros((rows, scale.shape[1]), jnp.float32)
+    for run in range(k // HALF):
+        a = x[:, HALF * run : HALF * (run + 1)].astype(jnp.float32)
+        alone = jnp.concatenate([jnp.where(member == part, a, 0) for part in range(parts)], 0)
+        b = weights[run % 2][HALF * (run // 2) : HALF * (run // 2 + 1)]
+        sums = _dot(alone.astype(x.dtype), b).astype(jnp.float32)
+        for part in range(parts):
+            g = run * parts + part
+            total = total + sums[rows * part : rows * (part + 1)] * scale[g : g + 1, :]
+    total = total * jnp.float32(1 / carrier.unit)
+    for r in range(refs["left"].shape[0] if "left" in refs else 0):
+        left, right = refs["left"][r].astype(jnp.float32), refs["right"][r].astype(jnp.float32) * scale
+        total = total - jnp.dot(left, right, precision="highest", preferred_element_type=jnp.float32)
+    return total
 
 
 def _carriers(w: Any, carrier: Carrier) -> tuple[jax.Array, ...]:
@@ -168,8 +199,8 @@ def _check(x: jax.Array, w: jax.Array, scale: jax.Array) -> None:
     k, groups = x.shape[1], scale.shape[0]
     if 2 * w.shape[0] != k or scale.shape[1] != w.shape[1]:
         raise ValueError(f"x {x.shape}, packed weights {w.shape} and scales {scale.shape} do not fit each other")
-    if not fits(k, groups):
+    if not fits(k, groups, SMALLEST_GROUP):
         raise ValueError(
-            f"{k} channels in {groups} groups: the kernel takes whole blocks of 256 and groups in multiples of 128; "
-            "plain_packed_matmul takes any"
+            f"{k} channels in {groups} groups: the kernel takes whole blocks of 256 and groups of 16, 32, 64 or a "
+            "multiple of 128; plain_packed_matmul takes any"
         )

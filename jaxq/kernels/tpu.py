@@ -10,13 +10,16 @@ import jax.numpy as jnp
 from jaxq.formats import Float, Format, Int
 from jaxq.kernels.carrier import Carrier, float_carrier, int8_carrier
 from jaxq.kernels.devices import device_kind
-from jaxq.kernels.layout import fits
-from jaxq.kernels.packed_matmul import Operands, packed_matmul
+from jaxq.kernels.layout import HALF, fits
+from jaxq.kernels.packed_matmul import SMALLEST_GROUP, Operands, packed_matmul
 from jaxq.kernels.plain import Integers, element_scale
 
 # The e4m3 of the matrix units, by `jax.Device.device_kind`. Where it is e4m3fn, two of them are multiplied at twice
 # the rate of bfloat16; the older ones multiply bfloat16 by any float of 8 bits at the rate of bfloat16.
 E4M3 = {"TPU v5 lite": jnp.float8_e4m3b11fnuz, "TPU v6 lite": jnp.float8_e4m3b11fnuz, "TPU7x": jnp.float8_e4m3fn}
+
+# Beyond this XLA takes less to decode the weight, by the compilers' estimates for v5e, v6e and v7x.
+STACKED_ROWS = 2048
 
 
 def elements_dtype(device_kind: str) -> Any:
@@ -57,8 +60,11 @@ def target(*operands: jax.Array) -> str | None:
 def has_kernel(x: Integers, fmt: Format | None, groups: int = 1) -> bool:
     """Whether `packed_product` multiplies [M, K] with weights of a format in so many groups: of 4 bits, with integers
     of 8 bits or, exactly in bfloat16, what has as few significant bits; or with an activation in bfloat16 that is not
-    quantized."""
-    if not isinstance(fmt, Int | Float) or fmt.bits != 4 or not fits(x.values.shape[1], groups):
+    quantized. In groups below 128 a token takes 128 / size rows of the matrix unit, up to `STACKED_ROWS`."""
+    rows, k = x.values.shape
+    if not isinstance(fmt, Int | Float) or fmt.bits != 4 or not fits(k, groups, SMALLEST_GROUP):
+        return False
+    if k // groups < HALF and rows * HALF * groups // k > STACKED_ROWS:
         return False
     if x.bound is None:
         return x.values.dtype == jnp.bfloat16

@@ -45,7 +45,7 @@ def test_a_carrier_holds_each_of_the_16_codes_exactly(fmt, dtype, carrier: Carri
     assert np.array_equal(held, values(fmt, codes) + carrier.offset)
 
 
-@pytest.mark.parametrize(("m", "k", "n", "groups"), [(1, 256, 128, 1), (17, 768, 130, 6)])
+@pytest.mark.parametrize(("m", "k", "n", "groups"), [(1, 256, 128, 1), (17, 768, 130, 6), (5, 768, 130, 24)])
 @pytest.mark.parametrize(("fmt", "dtype", "carrier"), PAIRS, ids=IDS)
 def test_products_are_the_integers_that_numpy_finds(fmt, dtype, carrier: Carrier, m, k, n, groups):
     codes, packed, x = drawn(k, n, m, dtype)
@@ -59,7 +59,19 @@ def test_products_are_the_integers_that_numpy_finds(fmt, dtype, carrier: Carrier
     assert np.array_equal(np.asarray(plain_packed_matmul(operands, carrier)), exact)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("size", "m"), [(64, 1), (32, 9), (16, 3)])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
+def test_all_sizes_of_small_groups(dtype, size, m):
+    k, n = 512, 129
+    fmt, carrier = (Int(4), int8_carrier(Int(4))) if dtype == jnp.int8 else (Float(2, 1), float_carrier(Float(2, 1), jnp.float8_e5m2))
+    codes, packed, x = drawn(k, n, m, dtype)
+    scale = 2.0 ** np.random.default_rng(size).integers(-3, 1, (k // size, n))
+    found = packed_matmul(Operands(x, packed, jnp.asarray(scale, jnp.float32)), carrier, interpret=True)
+    weights = values(fmt, codes) * np.repeat(scale, size, 0)
+    assert np.array_equal(np.asarray(found), np.asarray(x.astype(jnp.float32), float) @ weights)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16])
 def test_zero_points_of_both_sides_and_row_scales(groups):
     m, k, n = 3, 512, 200
     codes, packed, x = drawn(k, n, m, jnp.int8)

@@ -67,13 +67,13 @@ def test_the_kernels_product_is_the_plain_one(activations, weights, device):
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=atol)
 
 
-@pytest.mark.parametrize("size", [128, 256])
+@pytest.mark.parametrize("size", [32, 128, 256])
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("activations", [Int(8), Float(2, 1), None], ids=str)
 def test_groups(activations, weights, size):
     """The kernel's product is that of the decoded numbers."""
     x, packed = read(activations), jaxq.pack({"w": quantize_weight(W, per_group(weights, size), (0,))})["w"]
-    assert has_kernel(x, packed.split, K // size) and not has_kernel(x, packed.split, K // 64)
+    assert has_kernel(x, packed.split, K // size) and not has_kernel(x, packed.split, K // 8)
     w = weight_integers(packed)
     found = packed_product(x, packed.planes[0], w, packed.split, None, "TPU7x", interpret=True)
     wanted = exact(x, packed)
@@ -117,6 +117,8 @@ def test_numbers_without_a_kernel():
     assert not has_kernel(Integers(X), Int(4)), "float32 would be rounded to bfloat16"
     assert not has_kernel(wide, Float(2, 1)), "a zero point beside a float's elements"
     assert not has_kernel(Integers(whole.values[:, :384], bound=127), Int(4)), "no whole blocks of 256"
+    prefill = Integers(jnp.zeros((513, 512), jnp.bfloat16))
+    assert has_kernel(prefill, Int(4), 8) and not has_kernel(prefill, Int(4), 16), "decoding takes less by then"
     shifted_far = shifted(whole, jnp.zeros((1, K), jnp.int8), 1)
     assert not has_kernel(shifted_far, Int(4)), "beyond 8 bits"
 
@@ -130,6 +132,8 @@ RECIPES = {
     "llm_fp4": (jaxq.post_shifted_fp4(4, 4, search=SEARCH), jnp.float32),
     "w4a8_g128": (jaxq.quantize(GROUPED, Int(8, symmetric=False)), jnp.float32),
     "w4a16_g128": (jaxq.quantize(GROUPED, None), jnp.bfloat16),
+    "w4a8_g32": (jaxq.quantize(per_group(Int(4, symmetric=False), 32), Int(8, symmetric=False)), jnp.float32),
+    "nvfp4": (jaxq.quantize(jaxq.nvfp4(), None), jnp.bfloat16),
 }
 
 
@@ -234,4 +238,4 @@ def test_execute_has_no_kernel_run_elsewhere():
     assert "jaxq_packed_matmul" not in lowered(recipe, X, kind="TPU v4").as_text()
     assert "jaxq_packed_matmul" not in lowered(recipe, X, kind=None).as_text()
     assert "jaxq_packed_matmul" not in lowered(jaxq.quantize(Int(8), Int(8)), X).as_text()
-    assert "jaxq_packed_matmul" not in lowered(jaxq.quantize(jaxq.per_group(Int(4), 64), Int(8)), X).as_text()
+    assert "jaxq_packed_matmul" not in lowered(jaxq.quantize(jaxq.per_group(Int(4), 8), Int(8)), X).as_text()
