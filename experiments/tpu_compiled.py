@@ -30,8 +30,9 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jaxq.formats import Float, Int
-from jaxq.kernels.packed_matmul import Operands, blocks, packed_matmul, plain_packed_matmul
-from jaxq.kernels.tpu import elements_dtype, weight_carrier
+from jaxq.kernels.layout import HALF
+from jaxq.kernels.packed_matmul import SMALLEST_GROUP, Operands, blocks, packed_matmul, plain_packed_matmul
+from jaxq.kernels.tpu import STACKED_ROWS, elements_dtype, weight_carrier
 
 K = N = 4096
 
@@ -82,7 +83,12 @@ def product(target: Target, rows: int, fmt: Int | Float, dtype: type, groups: in
 
 def cases(t: Target, rows: int) -> dict[str, Case]:
     a16, e2m1 = jnp.bfloat16, Float(2, 1)
-    return {
+    small = {
+        "w4a8_g32": product(t, rows, Int(4), jnp.int8, K // 32),
+        "e2m1_a16_g32": product(t, rows, e2m1, a16, K // 32),
+        "e2m1_a16_g16": product(t, rows, e2m1, a16, K // 16),
+    }
+    return (small if rows * HALF // SMALLEST_GROUP <= STACKED_ROWS else {}) | {
         "w4a8": product(t, rows, Int(4), jnp.int8),
         "w4a8_zero": product(t, rows, Int(4, symmetric=False), jnp.int8, zero=True),
         "w4a8_g128": product(t, rows, Int(4), jnp.int8, K // 128),
@@ -92,10 +98,6 @@ def cases(t: Target, rows: int) -> dict[str, Case]:
         "e1m2_a16": product(t, rows, Float(1, 2), a16),
         "e3m0_a16": product(t, rows, Float(3, 0), a16),
         "e2m1_a16_g128": product(t, rows, e2m1, a16, K // 128),
-        "w4a8_g32": product(t, rows, Int(4), jnp.int8, K // 32),
-        "int4_a16_g32": product(t, rows, Int(4), a16, K // 32, zero=True),
-        "e2m1_a16_g32": product(t, rows, e2m1, a16, K // 32),
-        "e2m1_a16_g16": product(t, rows, e2m1, a16, K // 16),
         "e2m1_a4": product(t, rows, e2m1, elements_dtype(t.kind)),
     }
 
@@ -180,6 +182,7 @@ def main() -> None:
             for target in args.targets
             for name in args.kernels
             for count in args.rows
+            if name in cases(TARGETS[target], count)
         )
         show(rows, args.json)
 

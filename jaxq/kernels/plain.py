@@ -69,8 +69,8 @@ def element_scale(w: Integers, fmt: Int | Float, columns: int) -> jax.Array:
 
 
 def weight_integers(leaf: QTensor | Packed) -> Integers:
-    """A weight's integers, of the leaf's shape: int8 where they fit, else float32. Its exponents are left to x; scales
-    and centers have one number for each group."""
+    """A weight's integers, of the leaf's shape: int8 where they fit, else float32; of a machine's format its numbers as
+    they are. Its exponents are left to x; scales and centers have one number for each group."""
     fmt, bound = leaf.format, largest_integer(leaf.format)
     if isinstance(fmt, Int):
         middle, zero = _middle(fmt), leaf.grid.zero
@@ -81,6 +81,8 @@ def weight_integers(leaf: QTensor | Packed) -> Integers:
             values = codes if middle == 0 else (codes.astype(jnp.int16) - middle).astype(jnp.int8)
         return Integers(values, leaf.grid.factor, None if zero is None else middle - zero, bound=bound)
     leaf = leaf.unpack() if isinstance(leaf, Packed) else leaf
+    if fmt in MACHINE_FLOATS:  # in units of 1: a conversion is all that XLA fuses into a product on GPUs
+        return Integers(lax.bitcast_convert_type(leaf.codes, MACHINE_FLOATS[fmt]), leaf.grid.factor)
     finest = _finest(fmt, leaf.grid.mantissa, leaf.ndim)
     return Integers(_whole(leaf), leaf.grid.factor * power_of_two(finest), bound=bound)
 
@@ -88,9 +90,6 @@ def weight_integers(leaf: QTensor | Packed) -> Integers:
 def _whole(leaf: QTensor) -> jax.Array:
     """A float weight's elements in units of the smallest: int8 where they fit, else float32."""
     fmt, codes = leaf.format, leaf.codes
-    if fmt in MACHINE_FLOATS:
-        smallest = 2.0 ** (fmt.bias - 1 + fmt.mantissa_bits)
-        return lax.bitcast_convert_type(codes, MACHINE_FLOATS[fmt]).astype(jnp.float32) * jnp.float32(smallest)
     mantissa = leaf.grid.over(leaf.shape).mantissa
     values = decode(fmt, codes, power_of_two(-_finest(fmt, mantissa, leaf.ndim)), None, mantissa)
     return values.astype(jnp.int8) if largest_integer(fmt) <= 127 else values
@@ -212,7 +211,8 @@ def _float_product(x: Integers, w: Integers, precision: Any) -> jax.Array:
     def multiply(dtype: Any) -> Any:
         return lambda x, w: _dot(x.astype(dtype), w.astype(dtype))
 
-    w = replace(w, values=w.values.astype(jnp.float32))
+    if w.center is not None:
+        w = replace(w, values=w.values.astype(jnp.float32))
     return lax.platform_dependent(x.centered, w.centered, cpu=multiply(jnp.float32), default=multiply(jnp.bfloat16))
 
 

@@ -63,7 +63,11 @@ def test_products_are_the_integers_that_numpy_finds(fmt, dtype, carrier: Carrier
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
 def test_all_sizes_of_small_groups(dtype, size, m):
     k, n = 512, 129
-    fmt, carrier = (Int(4), int8_carrier(Int(4))) if dtype == jnp.int8 else (Float(2, 1), float_carrier(Float(2, 1), jnp.float8_e5m2))
+    fmt, carrier = (
+        (Int(4), int8_carrier(Int(4)))
+        if dtype == jnp.int8
+        else (Float(2, 1), float_carrier(Float(2, 1), jnp.float8_e5m2))
+    )
     codes, packed, x = drawn(k, n, m, dtype)
     scale = 2.0 ** np.random.default_rng(size).integers(-3, 1, (k // size, n))
     found = packed_matmul(Operands(x, packed, jnp.asarray(scale, jnp.float32)), carrier, interpret=True)

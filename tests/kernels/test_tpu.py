@@ -117,7 +117,7 @@ def test_numbers_without_a_kernel():
     assert not has_kernel(Integers(X), Int(4)), "float32 would be rounded to bfloat16"
     assert not has_kernel(wide, Float(2, 1)), "a zero point beside a float's elements"
     assert not has_kernel(Integers(whole.values[:, :384], bound=127), Int(4)), "no whole blocks of 256"
-    prefill = Integers(jnp.zeros((513, 512), jnp.bfloat16))
+    prefill = Integers(jnp.zeros((65, 512), jnp.bfloat16))
     assert has_kernel(prefill, Int(4), 8) and not has_kernel(prefill, Int(4), 16), "decoding takes less by then"
     shifted_far = shifted(whole, jnp.zeros((1, K), jnp.int8), 1)
     assert not has_kernel(shifted_far, Int(4)), "beyond 8 bits"

@@ -31,8 +31,11 @@ def slack(name: str, target: str, rows: int) -> float:
     """How many bundles a step may take for each cycle of its floor.
 
     Decoding tokens a step is to wait for memory, not memory for it, except on v7x, whose memory is faster than its
-    vector unit decodes. With many rows the scales of groups of 128 cost a pass over the result each.
+    vector unit decodes. With many rows the scales of groups of 128 cost a pass over the result each, and smaller groups
+    several with few.
     """
+    if name.endswith(("g32", "g16")):
+        return 4.0
     if rows > 16:
         return 4.2 if name.endswith("g128") else 1.45
     return 2.2 if target == "v7x" else 1.0
@@ -47,6 +50,6 @@ def test_one_kernel_compiles():
 @pytest.mark.parametrize("target", ["v5e", "v6e", "v7x"])
 def test_all_kernels_compile(target):
     rows = rows_of("tpu_compiled.py", "--targets", target, "--rows", "16", "256")
-    assert len(rows) == 20
+    assert len(rows) == 23
     for row in rows:
         check(row)
