@@ -27,6 +27,7 @@ from jaxq.steps.output_error import (
     diagonal_hessian,
     output_error,
     plain_problem,
+    tokens_within,
     total_error,
     weight_problem,
 )
@@ -51,8 +52,10 @@ class FloatSearch:
       metric: `output_error`, `cosine` or `diagonal_hessian`.
       tokens: how many tokens, evenly spaced, the activations' search looks at (their ranges and the weights' search see
         all of them); None is all.
-      budget: bytes that it may take beside the layer's own arrays. What it holds throughout (vectors, gradients,
-        results) is some five times the weight that is searched: below that a smaller budget changes nothing.
+      budget: bytes that it may take beside the layer's own arrays. Candidates are priced for as many rows at a time as
+        that allows. Where it does not hold what is summed over tokens, [in, in], weights are searched by as many
+        tokens, evenly spaced, as it does hold; activations likewise. Less than a quarter of the budget is never left
+        for what grows with the weight: its values to quantize, and its quantized ones.
 
     Raises:
       ValueError: fewer than one round.
@@ -92,11 +95,10 @@ class Solution:
 
 
 class _Turn(NamedTuple):
-    """The weights' grids for an input, the weights on them, and the error of both together."""
+    """The weights' grids for an input, and the error of both together."""
 
     input: Input | None
     weights: tuple[Found, ...]
-    hats: tuple[jax.Array, ...]
     loss: jax.Array
 
 
@@ -117,14 +119,15 @@ def alternate(
     widest = _widest(layer)
 
     def turn(given: Input | None, exponents: Exponents) -> _Turn:
-        return _turn(layer, given, weights, fmt, how, exponents)
+        return _turn(layer, given, _absorb(exponents), weights, fmt, how)
 
     firsts = [(e, turn(None if fmt is None else _unclipped(fmt, widest, e), e)) for e in tried]
     exponents, first = min(firsts, key=lambda one: float(one[1].loss))
     turns = [first]
     while fmt is not None and len(turns) <= how.rounds:
-        found = _input(layer, turns[-1].hats, widest, fmt, how, exponents)
-        if _same(found, turns[-1].input):
+        last = turns[-1]
+        found = _input(layer, last.weights, last.input, _absorb(exponents), widest, weights, fmt, how, exponents)
+        if _same(found, last.input):
             break
         turns.append(turn(found, exponents))
         if weights is None:
@@ -138,19 +141,18 @@ def _same(a: Input, b: Input | None) -> bool:
     return b is not None and all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
+def _absorb(exponents: Exponents) -> jax.Array:
+    """0 or 1, whether weights take the exponents before they are quantized; data, so that both are one compiled
+    function."""
+    return jnp.int32(exponents is Exponents.PRE_SHIFTED)
+
+
 def _turn(
-    layer: Layer,
-    given: Input | None,
-    weights: Quantizer | None,
-    fmt: Kind | None,
-    how: FloatSearch,
-    exponents: Exponents,
+    layer: Layer, given: Input | None, absorb: jax.Array, weights: Quantizer | None, fmt: Kind | None, how: FloatSearch
 ) -> _Turn:
-    absorb = jnp.int32(exponents is Exponents.PRE_SHIFTED)
     both = zip(layer.ws if weights is not None else (), layer.reads)
-    pairs = [_weight(layer, w, reads, given, absorb, weights, fmt, how) for w, reads in both]
-    hats = layer.ws if weights is None else tuple(hat for _, hat in pairs)
-    return _Turn(given, tuple(found for found, _ in pairs), hats, _loss(layer, hats, given, fmt))
+    found = tuple(_weight(layer, w, reads, given, absorb, weights, fmt, how) for w, reads in both)
+    return _Turn(given, found, _loss(layer, found, given, absorb, weights, fmt))
 
 
 @jax.jit
@@ -184,13 +186,10 @@ def _weight(
     quantizer: Quantizer,
     x_fmt: Kind | None,
     how: FloatSearch,
-) -> tuple[Found, jax.Array]:
-    """The grids of one weight for an input, and the weight on them. `absorb` (0 or 1): whether it takes the exponents
-    first; data, so that both are one compiled function."""
-    k = jnp.zeros(layer.x.shape[2], jnp.int32) if given is None else given.exponents
-    absorbed = k * absorb
-    left = k - absorbed
+) -> Found:
+    """The grids of one weight for an input."""
     blocks = _blocks(w.shape, quantizer)
+    units = _units(given, absorb, w.shape[1], reads, blocks)
 
     def read(channels: jax.Array) -> jax.Array:
         return channels if reads is None else channels[reads]
@@ -198,22 +197,37 @@ def _weight(
     def quantized(x: jax.Array, k: jax.Array) -> jax.Array:
         return x if given is None or x_fmt is None else magnified(x, x_fmt, given.scale, k, given.mantissa)
 
-    seen = w * power_of_two(-read(absorbed))[None]
-    x = layer.x * power_of_two(absorbed)[None, None]
+    k = jnp.zeros(layer.x.shape[2], jnp.int32) if given is None else given.exponents
     if layer.products:
-        x = x if reads is None else x[:, :, reads]
-        problem = weight_problem(seen, x, layer.real, lambda batch: quantized(batch, read(left)), blocks)
-        metric = how.metric
-    else:
-        hat = quantized(x.reshape(-1, x.shape[2]), left)
-        moment = (jnp.square(hat) * layer.real.reshape(-1, 1)).sum(0)
-        problem = plain_problem(
-            blocks_of(seen, blocks), read(moment).reshape(blocks, -1), jnp.ones(len(w), jnp.float32)
-        )
-        metric = diagonal_hessian
-    found = _searched(problem, quantizer, metric, how)
-    hat = fake_quant(quantizer.format, problem.v, found.scale, None, found.mantissa).transpose(1, 0, 2).reshape(w.shape)
-    return found, hat * power_of_two(read(absorbed))[None]
+        x = layer.x if reads is None else layer.x[:, :, reads]
+        problem = weight_problem(w, x, layer.real, lambda some: quantized(some, read(k)), blocks, how.budget)
+        return _searched(problem, quantizer, how.metric, how, units)
+    x_hat = quantized(layer.x.reshape(-1, layer.x.shape[2]), k)
+    moment = read((jnp.square(x_hat) * layer.real.reshape(-1, 1)).sum(0)).reshape(blocks, -1)
+    problem = plain_problem(blocks_of(w, blocks), moment, jnp.ones(len(w), jnp.float32))
+    return _searched(problem, quantizer, diagonal_hessian, how, units)
+
+
+def _units(given: Input | None, absorb: jax.Array, count: int, reads: jax.Array | None, blocks: int) -> jax.Array:
+    """The powers of two that the weights' inputs take before they are quantized, [blocks, 1, n]."""
+    k = jnp.zeros(count, jnp.int32) if given is None else given.exponents * absorb
+    return blocks_of(power_of_two(k if reads is None or given is None else k[reads])[None], blocks)
+
+
+def _hats(
+    layer: Layer, found: tuple[Found, ...], given: Input | None, absorb: jax.Array, quantizer: Quantizer | None
+) -> tuple[jax.Array, ...]:
+    """Each weight on its grids, [out, in]. Made anew where they are needed, so as not to last."""
+
+    def hat(w: jax.Array, reads: jax.Array | None, own: Found, quantizer: Quantizer) -> jax.Array:
+        blocks = _blocks(w.shape, quantizer)
+        scale = own.scale * _units(given, absorb, w.shape[1], reads, blocks)
+        on_grid = fake_quant(quantizer.format, blocks_of(w, blocks), scale, None, own.mantissa)
+        return on_grid.transpose(1, 0, 2).reshape(w.shape)
+
+    if quantizer is None:
+        return layer.ws
+    return tuple(hat(*each, quantizer) for each in zip(layer.ws, layer.reads, found, strict=True))
 
 
 def _blocks(shape: tuple[int, ...], quantizer: Quantizer) -> int:
@@ -222,19 +236,36 @@ def _blocks(shape: tuple[int, ...], quantizer: Quantizer) -> int:
     return shape[1] // row_size(shape, quantizer.granularity, (1,)) if grouped else 1
 
 
-def _searched(problem: Problem, quantizer: Quantizer, metric: Metric, how: FloatSearch) -> Found:
+def _searched(
+    problem: Problem, quantizer: Quantizer, metric: Metric, how: FloatSearch, units: jax.Array | None = None
+) -> Found:
     assert not isinstance(quantizer.format, Int)
     shared = isinstance(quantizer.granularity, PerTensor)
-    return search_grids(problem, quantizer.format, how.clips, how.method, metric, shared, how.budget)
+    searched = partial(search_grids, problem, quantizer.format, how.clips, how.method, metric, shared, how.budget)
+    return searched(units=units)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5))
+@partial(jax.jit, static_argnums=(5, 6, 7, 8))
 def _input(
-    layer: Layer, hats: tuple[jax.Array, ...], widest: jax.Array, fmt: Kind, how: FloatSearch, exponents: Exponents
+    layer: Layer,
+    weights: tuple[Found, ...],
+    given: Input | None,
+    absorb: jax.Array,
+    widest: jax.Array,
+    quantizer: Quantizer | None,
+    fmt: Kind,
+    how: FloatSearch,
+    exponents: Exponents,
 ) -> Input:
-    """The activation's grid for the weights that read it."""
-    every = 1 if how.tokens is None else max(1, layer.real.size // how.tokens)
+    """The activation's grid for the weights that read it, on the grids found for the input before."""
+    outputs = sum(map(len, layer.ws)) if layer.products else 0
+    left = max(
+        how.budget - 2 * sum(w.nbytes for w in layer.ws), how.budget // 4
+    )  # beside weights on grids, and how far off
+    most = tokens_within(left, layer.x.shape[2] + outputs)
+    every = max(1, layer.real.size // (how.tokens or layer.real.size), -(-layer.real.size // most))
     x, real = layer.x.reshape(-1, layer.x.shape[2])[::every], layer.real.reshape(-1)[::every]
+    hats = _hats(layer, weights, given, absorb, quantizer)
     if layer.products:
         ws, hats = (tuple(map(_in_order, these, layer.reads)) for these in (layer.ws, hats))
         problem, metric = activation_problem(x, real, ws, hats), how.metric
@@ -247,7 +278,7 @@ def _input(
     def spread(scale: jax.Array, mantissa: jax.Array) -> jax.Array:
         return power_of_two(-_exponents(fmt, scale, widest, mantissa, exponents)).reshape(1, 1, -1)
 
-    found = search_grids(problem, fmt, how.clips, how.method, metric, True, how.budget, spread)
+    found = search_grids(problem, fmt, how.clips, how.method, metric, True, left, spread)
     return Input(found.scale, found.mantissa, _exponents(fmt, found.scale, widest, found.mantissa, exponents))
 
 
@@ -256,8 +287,15 @@ def _in_order(w: jax.Array, reads: jax.Array | None) -> jax.Array:
     return w if reads is None else w[:, jnp.argsort(reads)]
 
 
-@partial(jax.jit, static_argnums=3)
-def _loss(layer: Layer, hats: tuple[jax.Array, ...], given: Input | None, fmt: Kind | None) -> jax.Array:
+@partial(jax.jit, static_argnums=(4, 5))
+def _loss(
+    layer: Layer,
+    weights: tuple[Found, ...],
+    given: Input | None,
+    absorb: jax.Array,
+    quantizer: Quantizer | None,
+    fmt: Kind | None,
+) -> jax.Array:
     if not layer.products:
         return jnp.float32(0)
 
@@ -266,6 +304,7 @@ def _loss(layer: Layer, hats: tuple[jax.Array, ...], given: Input | None, fmt: K
             return x
         return magnified(x, fmt, given.scale, given.exponents, given.mantissa)
 
+    hats = _hats(layer, weights, given, absorb, quantizer)
     ws, hats = (tuple(map(_in_order, these, layer.reads)) for these in (layer.ws, hats))
     return total_error(layer.x, layer.real, quantized, ws, hats)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -126,7 +127,7 @@ def test_scaling_weights_by_a_power_of_two_scales_the_result(tokens: int, power:
     """Multiples of the bias, as published, would find something else (B13)."""
     problem, fmt, factor = problem_of(2, tokens), AnyFloat(4), np.float32(2.0**power)
     gradient = None if problem.gradient is None else problem.gradient * factor
-    scaled = Problem(problem.v * factor, problem.hessian, gradient, problem.energy * factor**2, problem.real)
+    scaled = replace(problem, v=problem.v * factor, gradient=gradient, energy=problem.energy * factor**2)
     one, other = (
         found_by(p, fmt, CLIPS, coarse_to_fine(stride=8), output_error, False, NO_LIMIT) for p in (problem, scaled)
     )
@@ -138,13 +139,13 @@ def test_scaling_weights_by_a_power_of_two_scales_the_result(tokens: int, power:
 def test_zeros_are_on_every_grid() -> None:
     """Zero rows, and nothing but zeros: finite scales, zeros again, and the other rows are chosen as without them."""
     problem, fmt = problem_of(4), AnyFloat(4)
-    zero = Problem(problem.v.at[0, 2].set(0), problem.hessian, problem.gradient, problem.energy, problem.real)
+    zero = replace(problem, v=problem.v.at[0, 2].set(0))
     rest = np.arange(ROWS) != 2
-    less = Problem(*(a if a.ndim == 1 else a[:, rest] for a in (problem.v,)), problem.hessian,
-                   problem.gradient[:, rest], problem.energy[:, rest], problem.real[rest])  # fmt: skip
+    v, gradient, energy = (a[:, rest] for a in (problem.v, problem.gradient, problem.energy))
+    less = replace(problem, v=v, gradient=gradient, energy=energy, real=problem.real[rest])
     some, others, none = (
         found_by(p, fmt, CLIPS, exhaustive(), output_error, False, NO_LIMIT)
-        for p in (zero, less, Problem(jnp.zeros_like(problem.v), *[getattr(problem, n) for n in REST]))
+        for p in (zero, less, replace(problem, v=jnp.zeros_like(problem.v)))
     )
     for found in (some, none):
         assert np.isfinite(found.scale).all() and (np.asarray(found.scale) > 0).all()
@@ -152,9 +153,6 @@ def test_zeros_are_on_every_grid() -> None:
     assert some.mantissa == others.mantissa
     np.testing.assert_array_equal(np.asarray(some.scale)[0, rest], others.scale[0])
     assert not fake_quant(fmt, zero.v, some.scale, None, some.mantissa)[0, 2].any()
-
-
-REST = ("hessian", "gradient", "energy", "real")
 
 
 def test_clip_values() -> None:
