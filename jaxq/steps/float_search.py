@@ -204,6 +204,9 @@ def channel_exponents(fmt: Float | AnyFloat, scale: jax.Array, widest: jax.Array
     """LLM-FP4's integer part of each channel's exponent bias, k_c in [0, 2**E - 1] (eq. 10-12): the power of two by
     which a channel may be magnified before it is quantized at the tensor's `scale`.
 
+    The paper rounds to the nearest k, which clips up to 29 % of a channel's width. Of 3 mantissa bits or more that is
+    several times the error of rounding, so that there no more is clipped than the step below the largest element.
+
     Args:
       scale: the tensor's, [1, 1, 1].
       widest: each channel's largest magnitude, [in]; a channel that is all zero gets 0.
@@ -215,7 +218,10 @@ def channel_exponents(fmt: Float | AnyFloat, scale: jax.Array, widest: jax.Array
     m, _, largest = layout(fmt, mantissa)
     most = jnp.asarray(jnp.left_shift(1, fmt.bits - 1 - m) - 1, jnp.float32)
     room = divide(jnp.broadcast_to(scale.ravel() * jnp.ravel(largest), widest.shape), jnp.where(widest > 0, widest, 1))
-    k = jnp.minimum(jnp.rint(jnp.log2(jnp.maximum(room, 1))), most.ravel()).astype(jnp.int32)
+    bits = jnp.ravel(jnp.asarray(m, jnp.int32))
+    step = 1 / (power_of_two(bits + 1) - 1)  # below the largest element, relative to it
+    clipped = jnp.where(bits >= 3, jnp.log2(1 + step), jnp.float32(0.5))
+    k = jnp.minimum(jnp.floor(jnp.log2(jnp.maximum(room, 1)) + clipped), most.ravel()).astype(jnp.int32)
     return jnp.where(widest > 0, k, 0)
 
 

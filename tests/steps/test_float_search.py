@@ -136,6 +136,22 @@ def test_scaling_weights_by_a_power_of_two_scales_the_result(tokens: int, power:
     np.testing.assert_array_equal(one.loss * factor**2, other.loss)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["by_row", "shared"])
+def test_units_are_those_of_weights_that_took_the_exponents(shared: bool) -> None:
+    """To the bit: v / u priced with u H u is v priced with H on a grid of multiples of u."""
+    problem, fmt = problem_of(6), AnyFloat(4)
+    units = np.float32(2) ** np.random.default_rng(0).integers(0, 4, (1, 1, IN)).astype(np.float32)
+    hessian = problem.hessian * units * units.transpose(0, 2, 1)
+    taken = replace(problem, v=problem.v / units, hessian=hessian, gradient=problem.gradient * units)
+    one = found_by(taken, fmt, CLIPS, coarse_to_fine(stride=8), output_error, shared, NO_LIMIT)
+    other = found_by(
+        problem, fmt, CLIPS, coarse_to_fine(stride=8), output_error, shared, NO_LIMIT, units=jnp.asarray(units)
+    )
+    np.testing.assert_array_equal(one.scale, other.scale)
+    np.testing.assert_array_equal(one.mantissa, other.mantissa)
+    np.testing.assert_array_equal(one.loss, other.loss)
+
+
 def test_zeros_are_on_every_grid() -> None:
     """Zero rows, and nothing but zeros: finite scales, zeros again, and the other rows are chosen as without them."""
     problem, fmt = problem_of(4), AnyFloat(4)
@@ -171,7 +187,8 @@ def test_clip_values() -> None:
 
 @pytest.mark.parametrize("fmt", [Float(1, 2), Float(2, 1), Float(3, 0), Float(4, 3), AnyFloat(4)])
 def test_channel_exponents(fmt: Float | AnyFloat) -> None:
-    """k_c = clip(rint(b_c - r), 0, 2**E - 1), b_c the bias that clips nothing of the channel and r the tensor's."""
+    """k_c = clip(floor(b_c - r + d), 0, 2**E - 1), b_c the bias that clips nothing of the channel and r the tensor's;
+    d = 1/2, of 3 mantissa bits or more what clips the largest element to the next one."""
     split = fmt.usual if isinstance(fmt, AnyFloat) else fmt
     widest = np.float32(np.exp(np.random.default_rng(0).normal(size=64) * 4))
     widest[:2] = 0, 2e-38
@@ -180,7 +197,8 @@ def test_channel_exponents(fmt: Float | AnyFloat) -> None:
         scale = jnp.full((1, 1, 1), 2.0 ** (split.bias - r), jnp.float32)
         k = channel_exponents(fmt, scale, jnp.asarray(widest), mantissa)
         b = split.bias + np.log2(split.largest / np.maximum(widest, np.float64(1e-38)))
-        want = np.clip(np.rint(b - r), 0, 2**split.exponent_bits - 1)
+        d = np.log2(1 + 1 / (2 ** (split.mantissa_bits + 1) - 1)) if split.mantissa_bits > 2 else 0.5
+        want = np.clip(np.floor(b - r + d), 0, 2**split.exponent_bits - 1)
         np.testing.assert_array_equal(k[1:], want[1:])
         assert k[0] == 0 and k.dtype == jnp.int32
 

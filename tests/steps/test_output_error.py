@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxq.steps.output_error import (
+    ROWS,
     activation_problem,
     blocks_of,
     cosine,
@@ -16,6 +17,7 @@ from jaxq.steps.output_error import (
     total_error,
     weight_problem,
 )
+from jaxq.steps.output_error import TOKENS as TOKENS_AT_ONCE
 
 OUT, IN, BATCHES, TOKENS = 7, 12, 3, 5
 
@@ -50,10 +52,35 @@ def test_weights_cost_what_their_outputs_lose(tokens: int, channels: int) -> Non
     np.testing.assert_array_equal(output_error(problem, w[None]), np.zeros((1, OUT)))
 
 
-@pytest.mark.parametrize("tokens", [TOKENS, 1])
-def test_activations_cost_what_all_their_readers_lose(tokens: int) -> None:
+def test_many_tokens_and_inputs_are_summed_in_parts() -> None:
+    """One more than a part holds: no token or row of a sum is counted twice, and none is left out."""
+    count = TOKENS_AT_ONCE + 1
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=(n, ROWS + 1)), jnp.float32) for n in (count, 2))
+    problem, w_hat = weight_problem(w, x[None], jnp.ones((1, count)), halves, 1), thirds(w)
+    assert problem.hessian is not None and problem.hessian.shape == (1, ROWS + 1, ROWS + 1)
+    exact = (direct(x, halves(x), w, w_hat) - direct(x, halves(x), w, w)).sum(0)
+    np.testing.assert_allclose(output_error(problem, w_hat[None])[0], exact, rtol=1e-4)
+    np.testing.assert_allclose(problem.energy[0], np.square(x @ w.T).sum(0), rtol=1e-5)
+
+
+def test_a_small_budget_leaves_fewer_tokens() -> None:
+    """Where it does not hold sums of [in, in]; evenly spaced, one at least, and those are priced as ever."""
+    x, w, real = make()
+    tokens = np.asarray(x).reshape(-1, IN)
+    for budget, every in ((8 * (IN + OUT) * 5, 3), (1, len(tokens))):
+        problem, w_hat = weight_problem(w, x, real, halves, 1, budget), thirds(w)
+        few = tokens[::every]
+        assert problem.factor is not None and problem.factor.shape == (1, len(few), IN)
+        exact = (direct(few, halves(few), w, w_hat) - direct(few, halves(few), w, w)).sum(0)
+        np.testing.assert_allclose(output_error(problem, w_hat[None])[0], exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "more"), [(TOKENS, 4), (1, 4), (TOKENS, 6)])
+def test_activations_cost_what_all_their_readers_lose(tokens: int, more: int) -> None:
+    """With fewer outputs than inputs, and with more."""
     x, w, _ = make(tokens=tokens)
-    others = make(1)[1][:4]
+    others = make(1)[1][:more]
     x = x.reshape(-1, IN)
     ws, hats = (w, others), (thirds(w), halves(others))
     problem = activation_problem(x, jnp.ones(len(x)), ws, hats)
@@ -80,6 +107,8 @@ def test_groups_are_priced_as_if_the_others_were_exact() -> None:
     problem, w_hat = weight_problem(w, x, real, halves, 3), thirds(w)
     assert problem.v.shape == (3, OUT, 4) and problem.hessian.shape == (3, 4, 4)
     found = output_error(problem, blocks_of(w_hat, 3))
+    of_tokens = weight_problem(w, x, real, halves, 3, 8 * (IN + OUT) * BATCHES * TOKENS)
+    np.testing.assert_allclose(output_error(of_tokens, blocks_of(w_hat, 3)), found, rtol=1e-4, atol=1e-4)
     for b in range(3):
         here = slice(4 * b, 4 * b + 4)
         one = w.at[:, here].set(w_hat[:, here])
@@ -114,6 +143,8 @@ def test_the_diagonal_weighs_each_error_alone() -> None:
     full = diagonal_hessian(weight_problem(w, x, real, halves, 1), w_hat[None])[0]
     moment = np.square(np.asarray(halves(x))).sum((0, 1))
     np.testing.assert_allclose(full, (error * moment).sum(1), rtol=1e-5)
+    of_tokens = weight_problem(w, x, real, halves, 1, 8 * (IN + OUT) * BATCHES * TOKENS)
+    np.testing.assert_allclose(diagonal_hessian(of_tokens, w_hat[None])[0], full, rtol=1e-5)
     plain = plain_problem(w[None], jnp.asarray(moment), jnp.ones(OUT))
     for metric in (diagonal_hessian, output_error):
         np.testing.assert_allclose(metric(plain, w_hat[None])[0], full, rtol=1e-5)
