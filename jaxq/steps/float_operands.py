@@ -41,9 +41,9 @@ class FloatSearch:
       tokens: how many tokens, evenly spaced, the activations' search looks at (their ranges and the weights' search see
         all of them); None is all.
       budget: bytes that it may take beside the layer's own arrays. Candidates are priced for as many rows at a time as
-        that allows. Where it does not hold what is summed over tokens, [in, in], weights are searched by as many
-        tokens, evenly spaced, as it does hold; activations likewise. Less than a quarter of the budget is never left
-        for what grows with the weight: its values to quantize, and its quantized ones.
+        it allows. Weights are searched by sums over all tokens, [in, in]; if these take more than three quarters of it,
+        by as many tokens, evenly spaced, as half of it holds, and activations by no more tokens either. Whatever it is,
+        the activations' search takes two arrays of the size of the weights that read them, and a quarter of it.
 
     Raises:
       ValueError: fewer than one round.

@@ -194,9 +194,8 @@ def priced(
 
     if parts == 1:
         return one(jnp.int32(0))
-    starts = jnp.minimum(
-        jnp.arange(parts, dtype=jnp.int32) * size, rows - size
-    )  # the last part overlaps the one before
+    # The last part overlaps the one before it.
+    starts = jnp.minimum(jnp.arange(parts, dtype=jnp.int32) * size, rows - size)
     return jax.lax.scan(step, jnp.zeros((blocks, rows), jnp.float32), starts)[0]
 
 
