@@ -6,14 +6,16 @@ A layer of 768x768 reading 8x128 tokens, W4A4, 3 rounds, 3 formats, 100 candidat
 published order and candidates, with the number of codes repaired (16, not 17), and end with the same choices: one tries
 candidate after candidate, the other is organised as the published code is, with all candidates in one array and its
 results cut into one piece an output channel. Also: the weights' search at 64 times the tokens, and the memory that the
-search takes beside its arguments, as XLA plans it. Needs PyTorch.
+search of a large layer takes. Needs PyTorch, and Linux for the memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import jax
@@ -22,7 +24,7 @@ import numpy as np
 
 import jaxq
 from jaxq.formats import AnyFloat, fake_quant
-from jaxq.steps import Exponents, FloatSearch, float_turns
+from jaxq.steps import Exponents, FloatSearch, float_turns, log_clips
 from jaxq.steps.float_layer import Layer
 from jaxq.steps.float_search import search_grids
 from jaxq.steps.output_error import output_error, weight_problem
@@ -224,20 +226,28 @@ def tokens(repeats: int) -> None:
 
 
 def memory() -> None:
-    """What XLA plans beside arguments and results, in MiB, for a large layer and a small budget."""
-    x, w = jnp.zeros((8, 512, 4096)), jnp.zeros((11008, 4096))
-    given = Layer(x, jnp.ones(x.shape[:2]), (w,), (None,), products=True)
-    for budget in (2**30, 2**28):
-        how, (shifted, _) = FloatSearch(tokens=None, budget=budget), BOTH
-        start = float_turns._unclipped(FLOAT4, jnp.ones(4096), shifted)
-        ran = {
-            "weights": float_turns._weight.lower(given, w, None, start, jnp.int32(1), WEIGHTS, FLOAT4, how),
-            "activations": float_turns._input.lower(given, (w,), jnp.ones(4096), FLOAT4, how, shifted),
-        }
-        for name, lowered in ran.items():
-            planned = lowered.compile().memory_analysis().temp_size_in_bytes
-            print(f"4096x11008, 4096 tokens, budget {budget >> 20} MiB: {name} search takes {planned >> 20} MiB"
+    """What a large layer's search takes beside the layer, resident at its peak, for two budgets. A few candidates are
+    enough: they are priced one after the other. Linux."""
+    few = FloatSearch(rounds=1, clips=log_clips(count=3), method=jaxq.exhaustive())
+    for channels, out, count in ((4096, 11008, 4096), (11008, 4096, 4096), (11008, 4096, 16384)):
+        x = np.random.default_rng(0).standard_normal((8, count // 8, channels), np.float32)
+        w = np.random.default_rng(1).standard_normal((out, channels), np.float32)
+        given = Layer(jnp.asarray(x), jnp.ones(x.shape[:2]), (jnp.asarray(w),), (None,), products=True)
+        for budget in (2**30, 2**28):
+            search = partial(float_turns.alternate, given, WEIGHTS, ACTIVATIONS, replace(few, budget=budget), BOTH)
+            search()  # compile
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            before = _status("VmRSS")
+            search()
+            taken = _status("VmHWM") - before
+            print(f"{channels}x{out}, {count} tokens, budget {budget >> 20} MiB: the search takes {taken >> 20} MiB"
                   f" (the weight itself {w.nbytes >> 20} MiB)", flush=True)  # fmt: skip
+
+
+def _status(name: str) -> int:
+    """A number of bytes that Linux tells of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """Steps: pure functions `Group -> Group`, one method a file."""
 
 from jaxq.steps.compose import chain, nothing, partition, skip
+from jaxq.steps.float_operands import FloatSearch
 from jaxq.steps.float_search import Clips, linear_clips, log_clips
-from jaxq.steps.float_turns import Exponents, FloatSearch
+from jaxq.steps.float_turns import Exponents
 from jaxq.steps.group import Group, Spec, Step, channel_range, transformed
 from jaxq.steps.llm_fp4 import fpq_baseline, llm_fp4, post_shifted_fp4, pre_shifted_fp4
 from jaxq.steps.migrate import gamma_migration, smooth_quant

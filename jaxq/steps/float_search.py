@@ -7,7 +7,7 @@ bias itself may be zero or negative, so multiples of it would mean nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -99,7 +99,8 @@ def search_grids(
     metric: Metric,
     shared: bool,
     budget: int,
-    spread: Spread = lambda scale, _: jnp.ones_like(scale),
+    spread: Spread = lambda scale, _: jnp.ones_like(scale[:, :1]),
+    units: jax.Array | None = None,
 ) -> Found:
     """The best format and scales for the vectors of a problem; one format for all of them.
 
@@ -111,9 +112,11 @@ def search_grids(
       shared: one scale for all rows of all blocks, else one each.
       budget: bytes that the arrays made on the way may take; rows are priced in as many parts as that needs.
       spread: from a shared scale and the mantissa bits to what multiplies it in each channel, [1, 1, n].
+      units: [blocks, 1, n], powers of two of which the elements are multiples to be quantized; None for 1.
     """
     mantissas = jnp.asarray([split.mantissa_bits for split in fmt.splits], jnp.int32).reshape(-1, 1, 1, 1)
-    width = jnp.where(problem.real[:, None] > 0, jnp.abs(problem.v), 0)
+    units = jnp.ones((1, 1, 1), jnp.float32) if units is None else units
+    width = jnp.where(problem.real[:, None] > 0, jnp.abs(problem.v) / units, 0)
     width = width.max(keepdims=True) if shared else width.max(2, keepdims=True)
 
     def scale_at(i: jax.Array, width: jax.Array, mantissa: jax.Array) -> jax.Array:
@@ -122,11 +125,11 @@ def search_grids(
     def loss_of(rows: slice, mantissa: jax.Array) -> Callable[[jax.Array], jax.Array]:
         """From candidates to the losses of some of the rows in a format."""
         some, widths = _rows(problem, rows), width if shared else width[:, rows]
-        parts = _parts(some.v.size * 4, budget)
+        parts = _parts(some, budget)
 
         def loss(i: jax.Array) -> jax.Array:
             scale = scale_at(i, widths, mantissa)
-            found = priced(some, fmt, scale * spread(scale, mantissa), mantissa, metric, parts)
+            found = priced(some, fmt, scale, units * spread(scale, mantissa), mantissa, metric, parts)
             return (found * some.real[None]).sum() if shared else found
 
         return loss
@@ -147,55 +150,61 @@ def search_grids(
 
 def _rows(problem: Problem, rows: slice) -> Problem:
     gradient = None if problem.gradient is None else problem.gradient[:, rows]
-    return Problem(problem.v[:, rows], problem.hessian, gradient, problem.energy[:, rows], problem.real[rows])
+    v, energy, real = problem.v[:, rows], problem.energy[:, rows], problem.real[rows]
+    return replace(problem, v=v, gradient=gradient, energy=energy, real=real)
 
 
-# Arrays of the size of the vectors: that live through the whole search (the problem and the result), and that pricing
-# one candidate makes.
-LASTING, PASSING = 4, 6
+# Arrays of the size of the vectors that pricing one candidate makes.
+PASSING = 6
 
 
-def _parts(size: int, budget: int) -> int:
-    """Into how many parts the rows are split; where the lasting arrays alone exceed the budget, into small ones."""
-    return -(-PASSING * size // max(budget - LASTING * size, budget // 8))
+def _parts(problem: Problem, budget: int) -> int:
+    """Into how many parts the rows are split; where the problem alone exceeds the budget, into small ones."""
+    lasting = sum(a.nbytes for a in (problem.v, problem.hessian, problem.factor, problem.gradient) if a is not None)
+    passing = PASSING * problem.v.nbytes
+    if problem.factor is not None:
+        passing += PASSING * problem.v.nbytes * problem.factor.shape[1] // problem.v.shape[2]
+    return min(len(problem.real), -(-passing // max(budget - lasting, budget // 8)))
 
 
 def priced(
     problem: Problem,
     fmt: Float | AnyFloat,
     scale: jax.Array,
+    units: jax.Array,
     mantissa: jax.Array,
     metric: Metric,
     parts: int,
 ) -> jax.Array:
-    """The loss of each row at the given scales, [blocks, rows], a part of the rows at a time."""
+    """The loss of each row at the given scales, [blocks, rows], a part of the rows at a time, where they lie."""
     blocks, rows, _ = problem.v.shape
-    scale = jnp.broadcast_to(scale, (scale.shape[0], rows, scale.shape[2]))
-
-    def one(part: tuple) -> jax.Array:
-        v, gradient, energy, real, scale = part
-        few = Problem(v, problem.hessian, gradient, energy, real)
-        return metric(few, fake_quant(fmt, v, scale, None, mantissa))
-
-    whole = (problem.v, problem.gradient, problem.energy, problem.real, scale)
-    if parts == 1:
-        return one(whole)
     size = -(-rows // parts)
 
-    def split(a: jax.Array | None) -> jax.Array | None:
-        if a is None:
-            return None
-        axis = 0 if a.ndim == 1 else 1
-        a = jnp.pad(a, [(0, parts * size - rows if i == axis else 0) for i in range(a.ndim)], constant_values=1)
-        return jnp.moveaxis(a.reshape(*a.shape[:axis], parts, size, *a.shape[axis + 1 :]), axis, 0)
+    def one(start: jax.Array) -> jax.Array:
+        def some(a: jax.Array, axis: int = 1) -> jax.Array:
+            return a if a.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(a, start, size, axis)
 
-    losses = jax.lax.map(one, tuple(map(split, whole)))
-    return jnp.moveaxis(losses, 0, 1).reshape(blocks, -1)[:, :rows]
+        gradient = None if problem.gradient is None else some(problem.gradient)
+        v, energy, real = some(problem.v), some(problem.energy), some(problem.real, 0)
+        few = replace(problem, v=v, gradient=gradient, energy=energy, real=real)
+        return metric(few, fake_quant(fmt, v, some(scale) * units, None, mantissa))
+
+    def step(losses: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+        return jax.lax.dynamic_update_slice_in_dim(losses, one(start), start, 1), None
+
+    if parts == 1:
+        return one(jnp.int32(0))
+    # The last part overlaps the one before it.
+    starts = jnp.minimum(jnp.arange(parts, dtype=jnp.int32) * size, rows - size)
+    return jax.lax.scan(step, jnp.zeros((blocks, rows), jnp.float32), starts)[0]
 
 
 def channel_exponents(fmt: Float | AnyFloat, scale: jax.Array, widest: jax.Array, mantissa: jax.Array) -> jax.Array:
     """LLM-FP4's integer part of each channel's exponent bias, k_c in [0, 2**E - 1] (eq. 10-12): the power of two by
     which a channel may be magnified before it is quantized at the tensor's `scale`.
+
+    The paper rounds to the nearest k, which clips up to 29 % of a channel's width. Of 3 mantissa bits or more that is
+    several times the error of rounding, so that there no more is clipped than the step below the largest element.
 
     Args:
       scale: the tensor's, [1, 1, 1].
@@ -208,7 +217,10 @@ def channel_exponents(fmt: Float | AnyFloat, scale: jax.Array, widest: jax.Array
     m, _, largest = layout(fmt, mantissa)
     most = jnp.asarray(jnp.left_shift(1, fmt.bits - 1 - m) - 1, jnp.float32)
     room = divide(jnp.broadcast_to(scale.ravel() * jnp.ravel(largest), widest.shape), jnp.where(widest > 0, widest, 1))
-    k = jnp.minimum(jnp.rint(jnp.log2(jnp.maximum(room, 1))), most.ravel()).astype(jnp.int32)
+    bits = jnp.ravel(jnp.asarray(m, jnp.int32))
+    step = 1 / (power_of_two(bits + 1) - 1)  # below the largest element, relative to it
+    clipped = jnp.where(bits >= 3, jnp.log2(1 + step), jnp.float32(0.5))
+    k = jnp.minimum(jnp.floor(jnp.log2(jnp.maximum(room, 1)) + clipped), most.ravel()).astype(jnp.int32)
     return jnp.where(widest > 0, k, 0)
 
 

@@ -5,31 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.formats import AnyFloat, Int, fake_quant
-from jaxq.formats.floating import Kind, power_of_two, scale_from_width
-from jaxq.qtensor import PerGroup, PerTensor, pytree
-from jaxq.quantizer import Quantizer, row_size, rows_of
-from jaxq.search import Search, coarse_to_fine
+from jaxq.formats import Int
+from jaxq.quantizer import Quantizer
 from jaxq.steps.float_layer import Layer
-from jaxq.steps.float_search import Candidates, Found, channel_exponents, log_clips, magnified, search_grids
-from jaxq.steps.output_error import (
-    Metric,
-    Problem,
-    activation_problem,
-    blocks_of,
-    diagonal_hessian,
-    output_error,
-    plain_problem,
-    total_error,
-    weight_problem,
+from jaxq.steps.float_operands import (
+    FloatSearch,
+    Input,
+    error_of,
+    search_input,
+    search_weight,
+    unclipped,
+    widest_of,
 )
+from jaxq.steps.float_search import Found
 
 
 class Exponents(Enum):
@@ -38,46 +32,6 @@ class Exponents(Enum):
     NONE = "there is none: one exponent bias for the whole activation"
     PRE_SHIFTED = "the weights absorb 2**-k, and are quantized after that"
     POST_SHIFTED = "the weights are quantized as they are, and their codes keep -k beside them"
-
-
-@dataclass(frozen=True)
-class FloatSearch:
-    """How formats and clip ranges are searched.
-
-    Attributes:
-      rounds: how often weights and activations take turns, at most; they stop when nothing changes any more.
-      clips: the clip values that are tried.
-      method: `exhaustive()` or `coarse_to_fine()`.
-      metric: `output_error`, `cosine` or `diagonal_hessian`.
-      tokens: how many tokens, evenly spaced, the activations' search looks at (their ranges and the weights' search see
-        all of them); None is all.
-      budget: bytes that it may take beside the layer's own arrays. What it holds throughout (vectors, gradients,
-        results) is some five times the weight that is searched: below that a smaller budget changes nothing.
-
-    Raises:
-      ValueError: fewer than one round.
-    """
-
-    rounds: int = 3
-    clips: Candidates = log_clips()
-    method: Search = coarse_to_fine(stride=8, keep=4)
-    metric: Metric = output_error
-    tokens: int | None = 512
-    budget: int = 2**30
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"FloatSearch: rounds is {self.rounds}; at least one is needed")
-
-
-@pytree
-class Input:
-    """How an activation is quantized: the tensor's scale and mantissa bits, [1, 1, 1], and each channel's exponent k,
-    int32 [channels]."""
-
-    scale: jax.Array
-    mantissa: jax.Array
-    exponents: jax.Array
 
 
 @dataclass(frozen=True)
@@ -92,11 +46,10 @@ class Solution:
 
 
 class _Turn(NamedTuple):
-    """The weights' grids for an input, the weights on them, and the error of both together."""
+    """The weights' grids for an input, and the error of both together."""
 
     input: Input | None
     weights: tuple[Found, ...]
-    hats: tuple[jax.Array, ...]
     loss: jax.Array
 
 
@@ -114,173 +67,31 @@ def alternate(
     """
     fmt = None if activations is None else activations.format
     assert not isinstance(fmt, Int)
-    widest = _widest(layer)
+    widest, readers = widest_of(layer), () if weights is None else tuple(zip(layer.ws, layer.reads, strict=True))
 
-    def turn(given: Input | None, exponents: Exponents) -> _Turn:
-        return _turn(layer, given, weights, fmt, how, exponents)
+    def turn(given: Input | None) -> _Turn:
+        assert weights is not None or not readers
+        found = tuple(search_weight(layer, w, reads, given, weights, fmt, how) for w, reads in readers)
+        return _Turn(given, found, error_of(layer, found, given, weights, fmt))
 
-    firsts = [(e, turn(None if fmt is None else _unclipped(fmt, widest, e), e)) for e in tried]
-    exponents, first = min(firsts, key=lambda one: float(one[1].loss))
-    turns = [first]
+    def first(exponents: Exponents) -> _Turn:
+        if fmt is None:
+            return turn(None)
+        absorb = jnp.int32(exponents is Exponents.PRE_SHIFTED)
+        return turn(unclipped(fmt, widest, exponents is not Exponents.NONE, absorb))
+
+    firsts = [(exponents, first(exponents)) for exponents in tried]
+    exponents, best = min(firsts, key=lambda one: float(one[1].loss))
+    turns, shifted = [best], exponents is not Exponents.NONE
     while fmt is not None and len(turns) <= how.rounds:
-        found = _input(layer, turns[-1].hats, widest, fmt, how, exponents)
-        if _same(found, turns[-1].input):
+        last = turns[-1]
+        assert last.input is not None
+        found = search_input(layer, last.weights, last.input, widest, weights, fmt, how, shifted)
+        if all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(last.input))):
             break
-        turns.append(turn(found, exponents))
+        turns.append(turn(found))
         if weights is None:
             break
     losses = np.asarray([one.loss for one in turns], np.float32)
     best = turns[int(losses.argmin()) if layer.products else -1]
     return Solution(best.weights, best.input, exponents, losses if layer.products else losses[:0])
-
-
-def _same(a: Input, b: Input | None) -> bool:
-    return b is not None and all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
-
-
-def _turn(
-    layer: Layer,
-    given: Input | None,
-    weights: Quantizer | None,
-    fmt: Kind | None,
-    how: FloatSearch,
-    exponents: Exponents,
-) -> _Turn:
-    absorb = jnp.int32(exponents is Exponents.PRE_SHIFTED)
-    both = zip(layer.ws if weights is not None else (), layer.reads)
-    pairs = [_weight(layer, w, reads, given, absorb, weights, fmt, how) for w, reads in both]
-    hats = layer.ws if weights is None else tuple(hat for _, hat in pairs)
-    return _Turn(given, tuple(found for found, _ in pairs), hats, _loss(layer, hats, given, fmt))
-
-
-@jax.jit
-def _widest(layer: Layer) -> jax.Array:
-    """The largest magnitude of each channel, [channels]."""
-    return jnp.max(jnp.abs(layer.x) * layer.real[:, :, None], (0, 1))
-
-
-@partial(jax.jit, static_argnums=(0, 2))
-def _unclipped(fmt: Kind, widest: jax.Array, exponents: Exponents) -> Input:
-    """Where the turns begin: the usual format, at the scale at which nothing is clipped."""
-    usual = fmt.usual if isinstance(fmt, AnyFloat) else fmt
-    mantissa = jnp.full((1, 1, 1), usual.mantissa_bits, jnp.int32)
-    scale = scale_from_width(fmt, widest.max().reshape(1, 1, 1), mantissa)
-    return Input(scale, mantissa, _exponents(fmt, scale, widest, mantissa, exponents))
-
-
-def _exponents(fmt: Kind, scale: jax.Array, widest: jax.Array, mantissa: jax.Array, exponents: Exponents) -> jax.Array:
-    if exponents is Exponents.NONE:
-        return jnp.zeros(widest.shape, jnp.int32)
-    return channel_exponents(fmt, scale, widest, mantissa)
-
-
-@partial(jax.jit, static_argnums=(5, 6, 7))
-def _weight(
-    layer: Layer,
-    w: jax.Array,
-    reads: jax.Array | None,
-    given: Input | None,
-    absorb: jax.Array,
-    quantizer: Quantizer,
-    x_fmt: Kind | None,
-    how: FloatSearch,
-) -> tuple[Found, jax.Array]:
-    """The grids of one weight for an input, and the weight on them. `absorb` (0 or 1): whether it takes the exponents
-    first; data, so that both are one compiled function."""
-    k = jnp.zeros(layer.x.shape[2], jnp.int32) if given is None else given.exponents
-    absorbed = k * absorb
-    left = k - absorbed
-    blocks = _blocks(w.shape, quantizer)
-
-    def read(channels: jax.Array) -> jax.Array:
-        return channels if reads is None else channels[reads]
-
-    def quantized(x: jax.Array, k: jax.Array) -> jax.Array:
-        return x if given is None or x_fmt is None else magnified(x, x_fmt, given.scale, k, given.mantissa)
-
-    seen = w * power_of_two(-read(absorbed))[None]
-    x = layer.x * power_of_two(absorbed)[None, None]
-    if layer.products:
-        x = x if reads is None else x[:, :, reads]
-        problem = weight_problem(seen, x, layer.real, lambda batch: quantized(batch, read(left)), blocks)
-        metric = how.metric
-    else:
-        hat = quantized(x.reshape(-1, x.shape[2]), left)
-        moment = (jnp.square(hat) * layer.real.reshape(-1, 1)).sum(0)
-        problem = plain_problem(
-            blocks_of(seen, blocks), read(moment).reshape(blocks, -1), jnp.ones(len(w), jnp.float32)
-        )
-        metric = diagonal_hessian
-    found = _searched(problem, quantizer, metric, how)
-    hat = fake_quant(quantizer.format, problem.v, found.scale, None, found.mantissa).transpose(1, 0, 2).reshape(w.shape)
-    return found, hat * power_of_two(read(absorbed))[None]
-
-
-def _blocks(shape: tuple[int, ...], quantizer: Quantizer) -> int:
-    """How many grids each row of a weight [out, in] has."""
-    grouped = isinstance(quantizer.granularity, PerGroup)
-    return shape[1] // row_size(shape, quantizer.granularity, (1,)) if grouped else 1
-
-
-def _searched(problem: Problem, quantizer: Quantizer, metric: Metric, how: FloatSearch) -> Found:
-    assert not isinstance(quantizer.format, Int)
-    shared = isinstance(quantizer.granularity, PerTensor)
-    return search_grids(problem, quantizer.format, how.clips, how.method, metric, shared, how.budget)
-
-
-@partial(jax.jit, static_argnums=(3, 4, 5))
-def _input(
-    layer: Layer, hats: tuple[jax.Array, ...], widest: jax.Array, fmt: Kind, how: FloatSearch, exponents: Exponents
-) -> Input:
-    """The activation's grid for the weights that read it."""
-    every = 1 if how.tokens is None else max(1, layer.real.size // how.tokens)
-    x, real = layer.x.reshape(-1, layer.x.shape[2])[::every], layer.real.reshape(-1)[::every]
-    if layer.products:
-        ws, hats = (tuple(map(_in_order, these, layer.reads)) for these in (layer.ws, hats))
-        problem, metric = activation_problem(x, real, ws, hats), how.metric
-    else:
-        cost = jnp.full(x.shape[1], 0 if hats else 1, jnp.float32)
-        for hat, reads in zip(hats, layer.reads, strict=True):
-            cost = cost.at[jnp.arange(len(cost)) if reads is None else reads].add(jnp.square(hat).sum(0))
-        problem, metric = plain_problem(x[None], cost, real), diagonal_hessian
-
-    def spread(scale: jax.Array, mantissa: jax.Array) -> jax.Array:
-        return power_of_two(-_exponents(fmt, scale, widest, mantissa, exponents)).reshape(1, 1, -1)
-
-    found = search_grids(problem, fmt, how.clips, how.method, metric, True, how.budget, spread)
-    return Input(found.scale, found.mantissa, _exponents(fmt, found.scale, widest, found.mantissa, exponents))
-
-
-def _in_order(w: jax.Array, reads: jax.Array | None) -> jax.Array:
-    """A weight's inputs in the order of x's channels."""
-    return w if reads is None else w[:, jnp.argsort(reads)]
-
-
-@partial(jax.jit, static_argnums=3)
-def _loss(layer: Layer, hats: tuple[jax.Array, ...], given: Input | None, fmt: Kind | None) -> jax.Array:
-    if not layer.products:
-        return jnp.float32(0)
-
-    def quantized(x: jax.Array) -> jax.Array:
-        if given is None or fmt is None:
-            return x
-        return magnified(x, fmt, given.scale, given.exponents, given.mantissa)
-
-    ws, hats = (tuple(map(_in_order, these, layer.reads)) for these in (layer.ws, hats))
-    return total_error(layer.x, layer.real, quantized, ws, hats)
-
-
-def own_error(leaf: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], how: FloatSearch) -> Found:
-    """The grids of a table's rows by their own squared error."""
-    return _own_error(rows_of(leaf.astype(jnp.float32), axes), quantizer, how)
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _own_error(rows: jax.Array, quantizer: Quantizer, how: FloatSearch) -> Found:
-    v = blocks_of(rows, _blocks(rows.shape, quantizer))
-    return _searched(
-        plain_problem(v, jnp.ones(v.shape[2], jnp.float32), jnp.ones(len(rows), jnp.float32)),
-        quantizer,
-        diagonal_hessian,
-        how,
-    )

@@ -16,8 +16,9 @@ from jaxq.program.groups import GroupPlan
 from jaxq.qtensor import Grid, PerChannel, PerGroup, PerTensor, QTensor, is_qtensor, quantize_array
 from jaxq.quantizer import Quantizer, in_leaf
 from jaxq.steps.float_layer import input_of, layer_of
+from jaxq.steps.float_operands import FloatSearch, Input, own_error
 from jaxq.steps.float_search import Found
-from jaxq.steps.float_turns import Exponents, FloatSearch, Input, alternate, own_error
+from jaxq.steps.float_turns import Exponents, alternate
 from jaxq.steps.group import Group, Spec, Step, encoded, transformed, weight_spread
 
 Numbers = int | Float | AnyFloat | Quantizer | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -126,7 +127,7 @@ def test_scaling_weights_by_a_power_of_two_scales_the_result(tokens: int, power:
     """Multiples of the bias, as published, would find something else (B13)."""
     problem, fmt, factor = problem_of(2, tokens), AnyFloat(4), np.float32(2.0**power)
     gradient = None if problem.gradient is None else problem.gradient * factor
-    scaled = Problem(problem.v * factor, problem.hessian, gradient, problem.energy * factor**2, problem.real)
+    scaled = replace(problem, v=problem.v * factor, gradient=gradient, energy=problem.energy * factor**2)
     one, other = (
         found_by(p, fmt, CLIPS, coarse_to_fine(stride=8), output_error, False, NO_LIMIT) for p in (problem, scaled)
     )
@@ -135,16 +136,32 @@ def test_scaling_weights_by_a_power_of_two_scales_the_result(tokens: int, power:
     np.testing.assert_array_equal(one.loss * factor**2, other.loss)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["by_row", "shared"])
+def test_units_are_those_of_weights_that_took_the_exponents(shared: bool) -> None:
+    """To the bit: v / u priced with u H u is v priced with H on a grid of multiples of u."""
+    problem, fmt = problem_of(6), AnyFloat(4)
+    units = np.float32(2) ** np.random.default_rng(0).integers(0, 4, (1, 1, IN)).astype(np.float32)
+    hessian = problem.hessian * units * units.transpose(0, 2, 1)
+    taken = replace(problem, v=problem.v / units, hessian=hessian, gradient=problem.gradient * units)
+    one = found_by(taken, fmt, CLIPS, coarse_to_fine(stride=8), output_error, shared, NO_LIMIT)
+    other = found_by(
+        problem, fmt, CLIPS, coarse_to_fine(stride=8), output_error, shared, NO_LIMIT, units=jnp.asarray(units)
+    )
+    np.testing.assert_array_equal(one.scale, other.scale)
+    np.testing.assert_array_equal(one.mantissa, other.mantissa)
+    np.testing.assert_array_equal(one.loss, other.loss)
+
+
 def test_zeros_are_on_every_grid() -> None:
     """Zero rows, and nothing but zeros: finite scales, zeros again, and the other rows are chosen as without them."""
     problem, fmt = problem_of(4), AnyFloat(4)
-    zero = Problem(problem.v.at[0, 2].set(0), problem.hessian, problem.gradient, problem.energy, problem.real)
+    zero = replace(problem, v=problem.v.at[0, 2].set(0))
     rest = np.arange(ROWS) != 2
-    less = Problem(*(a if a.ndim == 1 else a[:, rest] for a in (problem.v,)), problem.hessian,
-                   problem.gradient[:, rest], problem.energy[:, rest], problem.real[rest])  # fmt: skip
+    v, gradient, energy = (a[:, rest] for a in (problem.v, problem.gradient, problem.energy))
+    less = replace(problem, v=v, gradient=gradient, energy=energy, real=problem.real[rest])
     some, others, none = (
         found_by(p, fmt, CLIPS, exhaustive(), output_error, False, NO_LIMIT)
-        for p in (zero, less, Problem(jnp.zeros_like(problem.v), *[getattr(problem, n) for n in REST]))
+        for p in (zero, less, replace(problem, v=jnp.zeros_like(problem.v)))
     )
     for found in (some, none):
         assert np.isfinite(found.scale).all() and (np.asarray(found.scale) > 0).all()
@@ -152,9 +169,6 @@ def test_zeros_are_on_every_grid() -> None:
     assert some.mantissa == others.mantissa
     np.testing.assert_array_equal(np.asarray(some.scale)[0, rest], others.scale[0])
     assert not fake_quant(fmt, zero.v, some.scale, None, some.mantissa)[0, 2].any()
-
-
-REST = ("hessian", "gradient", "energy", "real")
 
 
 def test_clip_values() -> None:
@@ -173,7 +187,8 @@ def test_clip_values() -> None:
 
 @pytest.mark.parametrize("fmt", [Float(1, 2), Float(2, 1), Float(3, 0), Float(4, 3), AnyFloat(4)])
 def test_channel_exponents(fmt: Float | AnyFloat) -> None:
-    """k_c = clip(rint(b_c - r), 0, 2**E - 1), b_c the bias that clips nothing of the channel and r the tensor's."""
+    """k_c = clip(floor(b_c - r + d), 0, 2**E - 1), b_c the bias that clips nothing of the channel and r the tensor's;
+    d = 1/2, of 3 mantissa bits or more what clips the largest element to the next one."""
     split = fmt.usual if isinstance(fmt, AnyFloat) else fmt
     widest = np.float32(np.exp(np.random.default_rng(0).normal(size=64) * 4))
     widest[:2] = 0, 2e-38
@@ -182,7 +197,8 @@ def test_channel_exponents(fmt: Float | AnyFloat) -> None:
         scale = jnp.full((1, 1, 1), 2.0 ** (split.bias - r), jnp.float32)
         k = channel_exponents(fmt, scale, jnp.asarray(widest), mantissa)
         b = split.bias + np.log2(split.largest / np.maximum(widest, np.float64(1e-38)))
-        want = np.clip(np.rint(b - r), 0, 2**split.exponent_bits - 1)
+        d = np.log2(1 + 1 / (2 ** (split.mantissa_bits + 1) - 1)) if split.mantissa_bits > 2 else 0.5
+        want = np.clip(np.floor(b - r + d), 0, 2**split.exponent_bits - 1)
         np.testing.assert_array_equal(k[1:], want[1:])
         assert k[0] == 0 and k.dtype == jnp.int32
 

@@ -90,7 +90,8 @@ def tried(
 
     def spread(scale: jax.Array, mantissa: jax.Array) -> jax.Array:
         """Of 2**-k_j, k_j = clip(rint(b_j) - rint(r), 0, 2**E - 1). jaxq rounds once, clip(rint(b_j - r), ...): the
-        exponent nearest to what the channel asks for, from which the published one may differ by 1."""
+        exponent nearest to what the channel asks for, from which the published one may differ by 1; and down where
+        that clips more than a step of 3 mantissa bits or more."""
         if channel_biases is None:
             return jnp.ones_like(scale)
         of_format = channel_biases[mantissa.ravel()[0] - fmt.splits[0].mantissa_bits]
@@ -316,9 +317,7 @@ FAST, FULL = jaxq.FloatSearch(), jaxq.FloatSearch(method=exhaustive())
         ("fpq_w4a4e2", jaxq.llm_fp4, FULL, 1),
         ("fpq_w4a4e2", jaxq.post_shifted_fp4, FAST, 1),
         pytest.param("fpq_w4a4e2", jaxq.post_shifted_fp4, FULL, 1, marks=pytest.mark.slow),
-        # The turns end where neither operand changes: of 6 bits some 3 % from the best such place, which a denser grid
-        # of clip values reaches.
-        pytest.param("fpq_w6a6e3", jaxq.llm_fp4, FAST, 1.05, marks=pytest.mark.slow),
+        pytest.param("fpq_w6a6e3", jaxq.llm_fp4, FAST, 1, marks=pytest.mark.slow),
     ],
 )
 def test_no_worse_than_the_published_result(case: str, make: Callable, search: jaxq.FloatSearch, slack: float) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxq.steps.output_error import (
+    ROWS,
     activation_problem,
     blocks_of,
     cosine,
@@ -16,8 +17,10 @@ from jaxq.steps.output_error import (
     total_error,
     weight_problem,
 )
+from jaxq.steps.output_error import TOKENS as TOKENS_AT_ONCE
 
 OUT, IN, BATCHES, TOKENS = 7, 12, 3, 5
+SUMS_OR_TOKENS = pytest.mark.parametrize("tokens", [TOKENS, 1], ids=["sums", "tokens"])
 
 
 def halves(x):
@@ -50,10 +53,35 @@ def test_weights_cost_what_their_outputs_lose(tokens: int, channels: int) -> Non
     np.testing.assert_array_equal(output_error(problem, w[None]), np.zeros((1, OUT)))
 
 
-@pytest.mark.parametrize("tokens", [TOKENS, 1])
-def test_activations_cost_what_all_their_readers_lose(tokens: int) -> None:
+def test_many_tokens_and_inputs_are_summed_in_parts() -> None:
+    """One more than a part holds: no token or row of a sum is counted twice, and none is left out."""
+    count = TOKENS_AT_ONCE + 1
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=(n, ROWS + 1)), jnp.float32) for n in (count, 2))
+    problem, w_hat = weight_problem(w, x[None], jnp.ones((1, count)), halves, 1), thirds(w)
+    assert problem.hessian is not None and problem.hessian.shape == (1, ROWS + 1, ROWS + 1)
+    exact = (direct(x, halves(x), w, w_hat) - direct(x, halves(x), w, w)).sum(0)
+    np.testing.assert_allclose(output_error(problem, w_hat[None])[0], exact, rtol=1e-4)
+    np.testing.assert_allclose(problem.energy[0], np.square(x @ w.T).sum(0), rtol=1e-5)
+
+
+def test_a_small_budget_leaves_fewer_tokens() -> None:
+    """Where it does not hold sums of [in, in]; evenly spaced, one at least, and those are priced as ever."""
+    x, w, real = make()
+    tokens = np.asarray(x).reshape(-1, IN)
+    for budget, every in ((8 * (IN + OUT) * 5, 3), (1, len(tokens))):
+        problem, w_hat = weight_problem(w, x, real, halves, 1, budget), thirds(w)
+        few = tokens[::every]
+        assert problem.factor is not None and problem.factor.shape == (1, len(few), IN)
+        exact = (direct(few, halves(few), w, w_hat) - direct(few, halves(few), w, w)).sum(0)
+        np.testing.assert_allclose(output_error(problem, w_hat[None])[0], exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "more"), [(TOKENS, 4), (1, 4), (TOKENS, 6)])
+def test_activations_cost_what_all_their_readers_lose(tokens: int, more: int) -> None:
+    """With fewer outputs than inputs, and with more."""
     x, w, _ = make(tokens=tokens)
-    others = make(1)[1][:4]
+    others = make(1)[1][:more]
     x = x.reshape(-1, IN)
     ws, hats = (w, others), (thirds(w), halves(others))
     problem = activation_problem(x, jnp.ones(len(x)), ws, hats)
@@ -75,10 +103,12 @@ def test_padding_costs_nothing() -> None:
     np.testing.assert_allclose(total, direct(few, halves(few), w, w_hat).sum(), rtol=1e-5)
 
 
-def test_groups_are_priced_as_if_the_others_were_exact() -> None:
-    x, w, real = make()
+@SUMS_OR_TOKENS
+def test_groups_are_priced_as_if_the_others_were_exact(tokens: int) -> None:
+    x, w, real = make(tokens=tokens)
     problem, w_hat = weight_problem(w, x, real, halves, 3), thirds(w)
-    assert problem.v.shape == (3, OUT, 4) and problem.hessian.shape == (3, 4, 4)
+    summed = problem.hessian is not None
+    assert problem.v.shape == (3, OUT, 4) and summed == (tokens == TOKENS)
     found = output_error(problem, blocks_of(w_hat, 3))
     for b in range(3):
         here = slice(4 * b, 4 * b + 4)
@@ -87,14 +117,15 @@ def test_groups_are_priced_as_if_the_others_were_exact() -> None:
         np.testing.assert_allclose(found[b], exact, rtol=1e-4, atol=1e-4)
 
 
-def test_cosine() -> None:
-    x, w, real = make()
+@SUMS_OR_TOKENS
+def test_cosine(tokens: int) -> None:
+    x, w, real = make(tokens=tokens)
     w_hat = thirds(w)
     rows, x_rows = np.asarray(x, np.float64).reshape(-1, IN), np.asarray(halves(x), np.float64).reshape(-1, IN)
     y, y_hat = rows @ w.T, x_rows @ w_hat.T
     want = 1 - (y * y_hat).sum(0) / np.linalg.norm(y, axis=0) / np.linalg.norm(y_hat, axis=0)
     np.testing.assert_allclose(cosine(weight_problem(w, x, real, halves, 1), w_hat[None])[0], want, atol=2e-6)
-    problem = activation_problem(x.reshape(-1, IN), jnp.ones(BATCHES * TOKENS), (w,), (w_hat,))
+    problem = activation_problem(x.reshape(-1, IN), jnp.ones(BATCHES * tokens), (w,), (w_hat,))
     want = 1 - (y * y_hat).sum(1) / np.linalg.norm(y, axis=1) / np.linalg.norm(y_hat, axis=1)
     np.testing.assert_allclose(cosine(problem, halves(problem.v))[0], want, atol=2e-6)
 
@@ -107,8 +138,9 @@ def test_cosine_of_zeros() -> None:
     np.testing.assert_array_equal(found[0], np.arange(len(x)) != 3)
 
 
-def test_the_diagonal_weighs_each_error_alone() -> None:
-    x, w, real = make()
+@SUMS_OR_TOKENS
+def test_the_diagonal_weighs_each_error_alone(tokens: int) -> None:
+    x, w, real = make(tokens=tokens)
     w_hat = thirds(w)
     error = np.square(np.asarray(w_hat - w))
     full = diagonal_hessian(weight_problem(w, x, real, halves, 1), w_hat[None])[0]
