@@ -1,4 +1,4 @@
-"""Where the arrays of a model are."""
+"""The arrays of a model: where they are, and what is wrong where they hold no numbers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+class NotFinite(ValueError):
+    """What a model computes holds NaN or infinity."""
 
 
 def on_device(params: Any) -> Any:

@@ -9,10 +9,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxq.models import Model, load, model_of
-from jaxq.models.hf import read_preprocessor, read_tokenizer, save_readers
+from jaxq.models.hf import check_finite, read_preprocessor, read_tokenizer, save_readers
+from jaxq.program.trace import named_leaves
 from jaxq.qtensor import Quantized
-from jaxq.storage import STRUCTURE
+from jaxq.storage import ARRAYS, STRUCTURE
 from jaxq.storage import load as load_quantized
 from jaxq.storage import save as save_quantized
 
@@ -57,6 +61,19 @@ def load_model(name_or_dir: str | os.PathLike[str]) -> tuple[Model, Quantized]:
     quantized, about = load_quantized(path)
     config, name = _config(path / CONFIG), str(about.get("name", path.name))
     return model_of(config, quantized.params, read_tokenizer(path), name, read_preprocessor(path)), quantized
+
+
+def check_weights(name_or_dir: str | os.PathLike[str]) -> None:
+    """Reads all that `load_model` takes; ValueError, with file and name, for a tensor that holds NaN or infinity."""
+    path = Path(name_or_dir)
+    if not (path / STRUCTURE).is_file():
+        return check_finite(str(name_or_dir))
+    quantized, _ = load_quantized(path)
+    for where, leaf in named_leaves((quantized.params, quantized.inputs)):
+        numbers = [part for part in jax.tree.leaves(leaf) if jnp.issubdtype(part.dtype, jnp.floating)]
+        if not all(jnp.isfinite(part).all() for part in numbers):
+            name = where.partition("/")[2]
+            raise ValueError(f"{path / ARRAYS}: {name} holds NaN or infinity; quantize the model or copy it again")
 
 
 def _config(path: Path) -> dict[str, Any]:

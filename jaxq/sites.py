@@ -14,6 +14,7 @@ from rich.table import Table
 from jaxq.program.fold import Edit
 from jaxq.program.groups import GroupPlan, Layout
 from jaxq.program.trace import Program, trace
+from jaxq.qtensor import Quantized
 
 WIDTH = 150  # of str(sites(...))
 
@@ -77,14 +78,16 @@ def sites(forward: Callable, params: Any, *inputs: Any) -> Sites:
     """The coverage report: every place where low-bit numbers could meet in `forward(params, *inputs)`.
 
     Nothing is computed and no parameter is read: shapes are enough (`jax.ShapeDtypeStruct` for any of the arguments).
+    With what `calibrate` or `pack` returns as `params`, it is the report of the function that was quantized.
 
     Raises whatever `forward` raises when it is traced on such shapes.
     """
-    program = trace(forward, params, *inputs)
+    program = trace(forward, params.params if isinstance(params, Quantized) else params, *inputs)
     layouts = program.layout.all()
     rows = [row for layout in layouts for group in layout.groups for row in _rows_of(group)]
     skipped = [SiteRow(s.path, s.kind, s.shapes, left_out=s.reason) for layout in layouts for s in layout.skipped]
-    return Sites((*rows, *skipped, *_unread(program, layouts, {row.path for row in rows + skipped})))
+    known = {path for row in rows + skipped for path in (row.path, row.bias)}
+    return Sites((*rows, *skipped, *_unread(program, layouts, known)))
 
 
 def _rows_of(group: GroupPlan) -> Iterator[SiteRow]:

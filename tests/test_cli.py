@@ -15,7 +15,10 @@ from typer.testing import CliRunner
 
 from jaxq import storage
 from jaxq.cli import app
-from tests.tiny import BERT, LLAMA, OPT, TEXT, VIT, write_model
+from jaxq.models import save_hf
+from jaxq.qtensor import Quantized
+from jaxq.saved import save_model
+from tests.tiny import BERT, LLAMA, OPT, TEXT, VIT, tiny_model, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = (ROOT / "../shared").resolve()
@@ -254,6 +257,19 @@ def test_damaged_weights(recipe, text, tmp_path):
     file.write_bytes(file.read_bytes()[:-1000])
     refused(quantize(model, recipe, text, tmp_path / "out", code=1), str(file), "safetensors")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_named(recipe, text, tmp_path):
+    model = tiny_model(OPT)
+    kernel = np.array(model.params["layers"][1]["mlp"]["up"]["kernel"])
+    kernel[3, 2] = np.nan
+    model.params["layers"][1]["mlp"]["up"]["kernel"] = kernel
+    save_hf(model, model.params, tmp_path / "model", max_shard_bytes=30_000)
+    error = run("eval", tmp_path / "model", "--perplexity", text, code=1)
+    refused(error, "-of-", ".safetensors: tensor model.decoder.layers.1.fc1.weight", "1 number")
+    save_model(tmp_path / "quantized", model, Quantized(model.params), {})
+    error = run("eval", tmp_path / "quantized", "--perplexity", text, code=1)
+    refused(error, str(tmp_path / "quantized/arrays"), "layers/1/mlp/up/kernel")
 
 
 def test_missing_shard(recipe, text, tmp_path):

@@ -1,9 +1,11 @@
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
+import jaxq
 from jaxq import sites
 from tests.tiny import LLAMA, OPT, tiny_model
 
@@ -85,3 +87,23 @@ def test_a_tied_head_is_not_as_above_its_lookup():
     found = sites(lambda p, t: jnp.tanh(p["embed"][t]) @ p["embed"].T, params, jnp.ones((2, 3), jnp.int32))
     assert [r.kind for r in found] == ["lookup", "linear"]
     assert "as above" not in str(found) and "used in 2 places" in " ".join(str(found).split())
+
+
+def test_biases_of_any_rank_are_not_left_out():
+    model = nn.MultiHeadDotProductAttention(num_heads=2, use_bias=True)
+    x = jnp.ones((1, 4, 8))
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert params["params"]["query"]["bias"].shape == (2, 4)
+    found = sites(model.apply, params, x)
+    assert [r.path for r in found if r.left_out] == [] and ", 0 left out" in str(found)
+
+
+def test_of_a_quantized_tree_it_is_the_report_of_the_function():
+    def forward(params, x):
+        return jnp.tanh(x @ params["a"]) @ params["b"]
+
+    x = jnp.ones((4, 8))
+    params = {name: jax.random.normal(jax.random.key(i), (8, 8)) for i, name in enumerate("ab")}
+    quantized = jaxq.calibrate(forward, params, [x], jaxq.quantize(jaxq.Int(4), jaxq.Int(8)))
+    for tree in (quantized, jaxq.pack(quantized)):
+        assert sites(forward, tree, x) == sites(forward, params, x)

@@ -113,16 +113,17 @@ def evaluate(
     if sum(what is not None for what in (perplexity, sts, tasks, classify, images)) != 1:
         raise ValueError("give one of --perplexity FILE, --sts FILE, --tasks LIST, --classify FILE and --images FILE")
     rows = batch_size or 8
-    if perplexity is not None:
-        run.perplexity_command(model, perplexity, length, batch_size, json)
-    elif sts is not None:
-        run.sts_command(model, sts, length, rows, json)
-    elif tasks is not None:
-        run.tasks_command(model, [name.strip() for name in tasks.split(",")], limit, rows, json)
-    elif classify is not None:
-        run.classify_command(model, classify, length, rows, json)
-    elif images is not None:
-        run.images_command(model, images, rows, json)
+    with run.blaming_weights(model):
+        if perplexity is not None:
+            run.perplexity_command(model, perplexity, length, batch_size, json)
+        elif sts is not None:
+            run.sts_command(model, sts, length, rows, json)
+        elif tasks is not None:
+            run.tasks_command(model, [name.strip() for name in tasks.split(",")], limit, rows, json)
+        elif classify is not None:
+            run.classify_command(model, classify, length, rows, json)
+        elif images is not None:
+            run.images_command(model, images, rows, json)
 
 
 @app.command()

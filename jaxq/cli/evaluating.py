@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxq.arrays import NotFinite
 from jaxq.cli.calibration import model_windows, within_context
 from jaxq.evaluate import (
     Accuracy,
@@ -27,10 +30,20 @@ from jaxq.evaluate import (
 from jaxq.execute import execute
 from jaxq.models import load
 from jaxq.report import console, table
-from jaxq.saved import load_model
+from jaxq.saved import check_weights, load_model
 from jaxq.sites import WIDTH, sites
 
 LONGEST = 2048  # tokens that a task's item may have, where a model's positions have no end
+
+
+@contextmanager
+def blaming_weights(name: str) -> Iterator[None]:
+    """Where what a model computes is not finite: names the weight that is not, if one is."""
+    try:
+        yield
+    except NotFinite:
+        check_weights(name)
+        raise
 
 
 def perplexity_command(name: str, text: Path, length: int, batch_size: int | None, out: Path | None) -> None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from rich.progress import track
 
-from jaxq.arrays import on_device
+from jaxq.arrays import NotFinite, on_device
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def accuracy(
 
     ``labels`` is int ``[N]``; ``batches`` gives the numbers of some examples, int ``[B]``, with their inputs. Each of
     the N is in a batch; one that is there again does not count twice. The seconds include compilation.
-    Raises ValueError without examples, for logits of another shape or not finite, and for labels beyond them.
+    Raises ValueError without examples, for logits of another shape, and for labels beyond them; NotFinite for logits
+    that are not.
     """
     if len(labels) == 0:
         raise ValueError("there are no examples to measure accuracy on")
@@ -44,7 +45,7 @@ def accuracy(
         logits = np.asarray(run(params, *inputs), np.float32)
         _check(logits, labels)
         if not math.isfinite(logits.sum()):
-            raise ValueError("the logits are not finite: the weights, or the inputs, are not the model's own")
+            raise NotFinite("the logits are not finite: the weights, or the inputs, are not the model's own")
         found[rows] = logits.argmax(axis=-1)
     right = float(np.mean(found == labels))
     return Accuracy(right, matthews(found, labels), len(labels), time.perf_counter() - started)

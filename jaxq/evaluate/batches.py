@@ -18,6 +18,11 @@ def default_rows(length: int) -> int:
     return max(1, (CPU_TOKENS if jax.default_backend() == "cpu" else TOKENS) // length)
 
 
+def batches_at_once() -> int:
+    """How many batches run side by side: on a CPU the cores that small operations leave idle serve another batch."""
+    return 2 if jax.default_backend() == "cpu" else 1
+
+
 def by_width(sizes: np.ndarray, batch_size: int, longest: int) -> Iterator[tuple[np.ndarray, int]]:
     """The indices of rows of about the same size, int `[batch_size]`, and the width that they all fit in.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from jaxq.arrays import on_device
+from jaxq.arrays import NotFinite, on_device
 from jaxq.evaluate.batches import by_width
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -34,7 +34,8 @@ def likelihoods(
       context: how many tokens the model reads; what is longer is cut on the left.
 
     Raises:
-      ValueError: an empty context or continuation, a continuation longer than `context`, or logits that are not finite.
+      ValueError: an empty context or continuation, or a continuation longer than `context`.
+      NotFinite: of the logits.
     """
     rows = [_row(pair, context) for pair in pairs]
     run = jax.jit(_scored, static_argnums=0)
@@ -52,7 +53,7 @@ def likelihoods(
         result.update((int(row), (float(sums[i]), bool(greedy[i]))) for i, row in enumerate(picked))
     found = [result[i] for i in range(len(rows))]
     if not math.isfinite(sum(value for value, _ in found)):
-        raise ValueError("the log-likelihood of a continuation is not finite: the model's logits are not")
+        raise NotFinite("the log-likelihood of a continuation is not finite: the model's logits are not")
     return found
 
 

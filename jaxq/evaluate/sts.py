@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from jaxq.arrays import on_device
+from jaxq.arrays import NotFinite, on_device
 from jaxq.evaluate.batches import by_width, cut
 from jaxq.evaluate.text import pad
 from jaxq.models import sentence_embedding
@@ -101,7 +101,7 @@ def embed(
       tokenizer: a transformers tokenizer.
       length: longer sentences are cut there; at most the model's context.
 
-    Raises ValueError if there are no sentences, or the vectors are not finite.
+    Raises ValueError if there are no sentences, NotFinite if the vectors are not.
     """
     tokens, mask = pad(sentences, tokenizer, length)
     run = jax.jit(_embed, static_argnums=0)
@@ -113,9 +113,7 @@ def embed(
         result.update(zip(rows.tolist(), np.asarray(vectors)))
     found = np.stack([result[i] for i in range(len(sentences))])
     if not math.isfinite(found.sum()):
-        raise ValueError(
-            "the sentences' vectors are not finite: the weights, or the tokenizer, are not the model's own"
-        )
+        raise NotFinite("the sentences' vectors are not finite: the weights, or the tokenizer, are not the model's own")
     return found
 
 

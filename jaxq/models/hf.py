@@ -58,6 +58,17 @@ def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
     )
 
 
+def check_finite(name_or_dir: str | Path) -> None:
+    """Reads a whole checkpoint; ValueError, with file and name, for a tensor that holds NaN or infinity."""
+    directory = _locate(name_or_dir)
+    for name, tensor in read_tensors(directory).items():
+        if bad := int((~np.isfinite(tensor)).sum()):
+            raise ValueError(
+                f"{file_of(directory, name)}: tensor {name} {tensor.shape} holds {bad} numbers that are NaN or "
+                "infinite; download or copy it again"
+            )
+
+
 def save_hf(model: Model, params: Params, out_dir: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write ``params`` (same layout as ``model.params``, any float type) as a checkpoint that transformers loads.
 

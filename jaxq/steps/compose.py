@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from functools import reduce
+from itertools import combinations
 
 from jaxq.program.groups import GroupPlan
 from jaxq.steps.group import Group, Spec, Step
@@ -37,7 +38,15 @@ def partition(rules: Mapping[str, Step]) -> Step:
 
     Rules are shell patterns over site paths, `"layers/*/attn/*"`; `*` crosses slashes. `calibrate` refuses a rule that
     matches no site of the program.
+
+    Raises:
+        ValueError: a rule that never applies, because an earlier one has all that it could match.
     """
+    for (before, first), (rule, step) in combinations(rules.items(), 2):
+        if step is not first and not set(before) & set("?[") and fnmatch(rule, before):
+            raise ValueError(
+                f"partition: the rule {rule!r} never applies, {before!r} before it has all its sites: put it first"
+            )
 
     def choose(group: GroupPlan) -> Step:
         names = (*group.sites, group.name)

@@ -1,5 +1,6 @@
 """Perplexity: exact on made-up models, and the known numbers of real ones."""
 
+import sys
 from pathlib import Path
 
 import jax
@@ -45,6 +46,15 @@ def test_one_shape_is_compiled():
 
     perplexity(forward, np.zeros(5, np.float32), np.zeros((7, 4), np.int32), batch_size=3, progress=True)
     assert shapes == [(3, 4)]
+
+
+@pytest.mark.parametrize("at_once", (1, 4))
+def test_batches_side_by_side_count_once_each(monkeypatch, at_once):
+    monkeypatch.setattr(sys.modules[perplexity.__module__], "batches_at_once", lambda: at_once)
+    logits, tokens = np.random.default_rng(0).standard_normal(40).astype(np.float32), np.arange(40, dtype=np.int32)
+    found = perplexity(unigram, logits, np.stack([tokens, tokens[::-1]], axis=1), batch_size=3)
+    expected = np.exp(np.log(np.exp(logits).sum()) - logits.mean())  # every token is predicted once
+    np.testing.assert_allclose(found.perplexity, expected, rtol=1e-6)
 
 
 def test_bfloat16_logits():

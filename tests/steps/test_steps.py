@@ -198,6 +198,16 @@ def test_partition_takes_the_first_rule_and_skip_leaves_alone() -> None:
         run(jaxq.skip(["dawn/*"], eight))
 
 
+def test_a_rule_that_never_applies_is_refused() -> None:
+    four, eight = jaxq.quantize(jaxq.Int(4), None), jaxq.quantize(jaxq.Int(8), None)
+    with pytest.raises(ValueError, match=r"'gate/\*' never applies, '\*' before it"):
+        jaxq.partition({"*": eight, "gate/*": four})
+    with pytest.raises(ValueError, match=r"'layers/\*/q' never applies, 'layers/\*' before it"):
+        jaxq.partition({"layers/*": eight, "down*": four, "layers/*/q": four})
+    jaxq.partition({"layer?": four, "layer*": eight, "*/q": four, "*": eight})
+    jaxq.skip(["embed*", "embed/embedding", "*"], eight)  # redundant, but nothing is lost
+
+
 def test_a_path_with_brackets_names_itself_and_a_bare_string_is_refused() -> None:
     params, x = {"l[0]": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}, jnp.ones((2, 4))
     step = jaxq.skip(["l[0]"], jaxq.quantize())
