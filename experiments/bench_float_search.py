@@ -228,13 +228,13 @@ def tokens(repeats: int) -> None:
 def memory() -> None:
     """What a large layer's search takes beside the layer, resident at its peak, for two budgets. A few candidates are
     enough: they are priced one after the other. Linux."""
-    few = FloatSearch(rounds=1, clips=log_clips(count=3), method=jaxq.exhaustive())
+    few = FloatSearch(rounds=1, clips=log_clips(count=2), method=jaxq.exhaustive())
     for channels, out, count in ((4096, 11008, 4096), (11008, 4096, 4096), (11008, 4096, 16384)):
         x = np.random.default_rng(0).standard_normal((8, count // 8, channels), np.float32)
         w = np.random.default_rng(1).standard_normal((out, channels), np.float32)
         given = Layer(jnp.asarray(x), jnp.ones(x.shape[:2]), (jnp.asarray(w),), (None,), products=True)
         for budget in (2**30, 2**28):
-            search = partial(float_turns.alternate, given, WEIGHTS, ACTIVATIONS, replace(few, budget=budget), BOTH)
+            search = partial(float_turns.alternate, given, WEIGHTS, ACTIVATIONS, replace(few, budget=budget), BOTH[:1])
             search()  # compile
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
             before = _status("VmRSS")

@@ -32,8 +32,11 @@ def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
     """Load a checkpoint: an embedded model's name ("stdlib-opt"), a directory in Hugging Face format, or a hub name.
 
     The leaves of ``params`` are read-only numpy views of the mapped files, nothing is read before it is used; only
-    half-precision weights are promoted to float32. ``dtype`` asks for another type: ``ml_dtypes.bfloat16`` leaves a
-    bfloat16 checkpoint mapped and computes in bfloat16.
+    half-precision weights are promoted to float32, which takes twice the file's size in memory. ``dtype`` asks for
+    another type: ``ml_dtypes.bfloat16`` leaves a bfloat16 checkpoint mapped and computes in bfloat16. To compute in
+    float32 all the same, cast in the function, ``lambda params, *inputs: model.forward(jax.tree.map(lambda leaf:
+    leaf.astype(jnp.float32), params), *inputs)``. Quantized so, what a weight's codes decode to is rounded to bfloat16,
+    and so is what a fold writes, which ``calibrate`` refuses where that changes the function: hence the promotion.
 
     Raises FileNotFoundError (no such model, missing file or shard, hub not reached) and ValueError (unsupported
     architecture, corrupt or pickled weights, a tensor missing, unexpected or of the wrong shape).
