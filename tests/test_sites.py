@@ -107,3 +107,13 @@ def test_of_a_quantized_tree_it_is_the_report_of_the_function():
     quantized = jaxq.calibrate(forward, params, [x], jaxq.quantize(jaxq.Int(4), jaxq.Int(8)))
     for tree in (quantized, jaxq.pack(quantized)):
         assert sites(forward, tree, x) == sites(forward, params, x)
+
+
+def test_weights_cast_in_the_function_are_the_same_sites():
+    model = tiny_model(OPT)
+    half = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
+
+    def cast(params, tokens):
+        return model.forward(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), tokens)
+
+    assert sites(cast, half, TOKENS) == report(OPT)
