@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxq.ahead import Ahead
 from jaxq.program.tokens import Labels, label
 from jaxq.program.trace import Program, named_leaves, replace_leaves, trace
 from jaxq.qtensor import Quantized
 from jaxq.resume import of_calibration, resumed
-from jaxq.stages import Ahead
 from jaxq.steps.compose import matches
 from jaxq.steps.group import Group, Step
 from jaxq.walk import Found, Leaves, Place, Walk, walk_groups

@@ -19,7 +19,7 @@ from jaxq.program.segments import run
 from jaxq.program.tokens import spread_mask
 from jaxq.qtensor import InputQuant, PerTensor, Transform, is_qtensor
 from jaxq.stages import producing
-from jaxq.steps.group import Group
+from jaxq.steps.group import Call, Group
 
 if TYPE_CHECKING:
     from jaxq.walk import Place
@@ -38,34 +38,26 @@ class Handled:
     left: InputQuant | None
     transform: Transform | None
 
-    def applied(self, x: jax.Array) -> jax.Array:
-        """What the group's contractions read in place of `x`."""
-        if self.quant.format is None and self.quant.shift is None and self.quant.scale is None:
-            return x
-        return _applied()(replace(self.quant, bias={}, sites=()), x, self.plan.x_axes)
-
 
 _applied = quick_jit(static_argnums=2)(apply_input)
+
+
+def applied(call: Call, quant: InputQuant, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """What a group's contractions read in place of `x`."""
+    if quant.format is None and quant.shift is None and quant.scale is None:
+        return x
+    return call(_applied(), replace(quant, bias={}, sites=()), x, axes)
 
 
 def handle(place: Place, plan: GroupPlan) -> Handled:
     group = _gather(place, plan)
     _check_finite(group)
     group = place.walk.step.apply(group)
-    activations = group.spec.activations
-    quant = InputQuant(
-        group.shift,
-        group.scale,
-        group.grid,
-        group.output_bias,
-        format=activations.format if activations else None,
-        granularity=activations.granularity if activations else PerTensor(),
-        sites=plan.sites if plan.kind != "lookup" else (),
-    )
+    quant = input_quant(group)
     for member in plan.members:
         path = member.site.path
         if path in group.weights:
-            place.leaves.current[_leaf(path)] = group.weights[path]
+            place.leaves.current[leaf_path(path)] = group.weights[path]
         if member.bias is not None:
             place.leaves.current[member.bias.path] = group.biases[path]
     whole = None
@@ -81,12 +73,25 @@ def handle(place: Place, plan: GroupPlan) -> Handled:
     return Handled(plan, quant, None if idle else left, whole)
 
 
-def _leaf(site_path: str) -> str:
+def input_quant(group: Group) -> InputQuant:
+    activations = group.spec.activations
+    return InputQuant(
+        group.shift,
+        group.scale,
+        group.grid,
+        group.output_bias,
+        format=activations.format if activations else None,
+        granularity=activations.granularity if activations else PerTensor(),
+        sites=group.plan.sites if group.plan.kind != "lookup" else (),
+    )
+
+
+def leaf_path(site_path: str) -> str:
     return site_path.partition("#")[0]
 
 
-def _gather(place: Place, plan: GroupPlan) -> Group:
-    microbatches = range(len(place.envs))
+def tokens(place: Place, plan: GroupPlan) -> tuple[tuple[int, ...], tuple[jax.Array | None, ...]]:
+    """The axes of a group's activation that run over batch and tokens; and which tokens of each microbatch are real."""
     labels = place.labels.get(plan.x, (None,) * len(plan.x_shape))
     masks = place.walk.masks
     if masks is not None and "t" in labels and "b" not in labels:
@@ -94,12 +99,18 @@ def _gather(place: Place, plan: GroupPlan) -> Group:
             f"{plan.name}: which tokens of its activation {plan.x_shape} are padding is lost where its batch axis is "
             "merged with another; leave the site out with a `skip` pattern, or calibrate on batches without padding"
         )
-    valid = tuple(None if masks is None else spread_mask(masks[place.which[m]], labels) for m in microbatches)
+    valid = tuple(None if masks is None else spread_mask(masks[m], labels) for m in place.which)
+    return tuple(i for i, name in enumerate(labels) if name), valid
+
+
+def _gather(place: Place, plan: GroupPlan) -> Group:
+    microbatches = range(len(place.envs))
+    token_axes, valid = tokens(place, plan)
     x = tuple(place.value(plan.x, m) for m in microbatches) if plan.kind != "lookup" else ()
     weights, biases = {}, {}
     for member in plan.members:
         if member.site.ref is not None:
-            leaf = place.leaves.current[_leaf(member.site.path)]
+            leaf = place.leaves.current[leaf_path(member.site.path)]
             weights[member.site.path] = leaf if is_qtensor(leaf) else jnp.asarray(leaf)
         if member.bias is not None:
             biases[member.site.path] = jnp.asarray(place.leaves.current[member.bias.path])
@@ -108,11 +119,12 @@ def _gather(place: Place, plan: GroupPlan) -> Group:
         spec=place.walk.spec(plan),
         x=x,
         valid=valid,
-        token_axes=tuple(i for i, name in enumerate(labels) if name),
+        token_axes=token_axes,
         weights=weights,
         biases=biases,
         find_objectives=lambda: objectives(place, plan),
         norm_scale=_norm_scale(place, plan),
+        call=place.walk.ahead,
     )
 
 

@@ -1,22 +1,20 @@
-"""What the walk does in one graph, known before any of it is run: pieces of program between the groups, compiled ahead
-of the walk on a thread of their own."""
+"""What the walk does in one graph, known before any of it is run: pieces of program between the groups."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 
 from jaxq.program import _compat
-from jaxq.program.graph import Graph, Node, Operand
+from jaxq.program.graph import Node, Operand
 from jaxq.program.groups import GroupPlan, Layout
 from jaxq.program.reach import depends_on, view_nodes
-from jaxq.program.segments import Segment, cut, evaluate
+from jaxq.program.segments import Segment, alike, cut, evaluate
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,8 @@ def stages(
         else:
             pending.append(node)
     flush()
-    return found, last_use
+    segments = iter(alike(graph, [stage.segment for stage in found if stage.segment is not None]))
+    return [replace(stage, segment=next(segments)) if stage.segment else stage for stage in found], last_use
 
 
 def _last_use(layout: Layout, starts: dict[int, list[GroupPlan]], outputs: Sequence[Operand]) -> dict[int, int]:
@@ -131,44 +130,3 @@ def run(segment: Segment, where: tuple, values: list, inputs: list, biases: list
 def _replaced(then: Callable, side: int, x: jax.Array, bias: jax.Array | None, eqn: Any, args: list) -> list:
     out = then(eqn, [x if i == side else a for i, a in enumerate(args)])
     return out if bias is None else [out[0] + bias.astype(out[0].dtype)]
-
-
-class Ahead:
-    """Compiles the stages of a walk on another thread, in the order in which the walk reaches them.
-
-    XLA compiles without Python's lock, so that the walk goes on meanwhile. What turns out otherwise (a bias where there
-    was none) is compiled again when it is called. `placed`: whether arrays are committed to devices; where values will
-    be is not known ahead then, and nothing is done.
-    """
-
-    def __init__(self, placed: bool) -> None:
-        self._pool = None if placed else ThreadPoolExecutor(1)
-        self._begun: dict[tuple, Future] = {}
-
-    def __enter__(self) -> Ahead:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def begin(self, graph: Graph, stages: Sequence[Stage]) -> None:
-        for stage in stages:
-            key = stage.segment, stage.where
-            if self._pool is not None and stage.segment is not None and key not in self._begun:
-                # Lowered here: what `with jax.default_matmul_precision(...)` and the like say is for this thread alone.
-                self._begun[key] = self._pool.submit(_lowered(graph, stage, stage.segment).compile)
-
-    def wait(self, stage: Stage) -> None:
-        """Until the stage is compiled; should that have failed, it fails again where it is called."""
-        if self._pool is not None:
-            wait([self._begun[stage.segment, stage.where]])
-
-
-def _lowered(graph: Graph, stage: Stage, segment: Segment) -> Any:
-    def shape(v: int) -> jax.ShapeDtypeStruct:
-        aval = graph.avals[v]
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
-
-    values, inputs = [shape(v) for v in segment.reads], [shape(read.x) for read in stage.reads]
-    return run().lower(segment, stage.where, values, inputs, [None] * len(inputs))

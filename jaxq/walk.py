@@ -9,16 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxq.ahead import Ahead, decoded, rehearse
 from jaxq.fold import layer_axes, layer_of, stack_layers
-from jaxq.handle import Handled, handle
+from jaxq.handle import Handled, applied, handle
 from jaxq.program import _compat
 from jaxq.program.graph import Node, Operand
 from jaxq.program.groups import GroupPlan, Layout
 from jaxq.program.segments import Segment
 from jaxq.program.tokens import Labels, label
-from jaxq.program.views import View, look
-from jaxq.qtensor import InputQuant, Packed, QTensor, Transform, is_qtensor
-from jaxq.stages import Ahead, Stage, run, stages
+from jaxq.program.views import look
+from jaxq.qtensor import InputQuant, Transform, is_qtensor
+from jaxq.stages import Stage, run, stages
 from jaxq.steps.group import Group, Spec, Step
 
 Env = dict[int, Any]
@@ -93,7 +94,8 @@ class Place:
         if v in graph.refs:
             ref = graph.refs[v]
             leaf = (self.leaves.original if original else self.leaves.current)[ref.path]
-            return _decoded()(leaf, ref.views) if is_qtensor(leaf) else look(ref.views, jnp.asarray(leaf))
+            call = self.walk.ahead
+            return call(decoded(), leaf, ref.views) if is_qtensor(leaf) else look(ref.views, jnp.asarray(leaf))
         if v in graph.consts:
             return graph.consts[v]
         return self.envs[m][v]
@@ -108,17 +110,12 @@ def walk_graph(place: Place, bodies: dict[int, list[Labels]]) -> list[list[Any]]
     ]
 
 
-@_compat.quick_jit(static_argnums=1)
-def _decoded(leaf: QTensor | Packed, views: tuple[View, ...]) -> jax.Array:
-    return look(views, leaf.dequantize())
-
-
 def walk_groups(place: Place, bodies: dict[int, list[Labels]], outputs: Sequence[Operand]) -> None:
     """Walks one graph as far as its last group, or as `outputs` are known."""
     walk, layout = place.walk, place.layout
     loops = {node.index for node in layout.graph.nodes if any_touched(walk, layout, node)}
     plan, last_use = stages(layout, touched(walk, layout), loops, walk.quantized, outputs)
-    walk.ahead.begin(layout.graph, plan)
+    rehearse(place, plan)
     for stage in plan:
         if stage.segment is not None:
             _evaluate(place, stage, stage.segment)
@@ -135,13 +132,15 @@ def _evaluate(place: Place, stage: Stage, segment: Segment) -> None:
     refs, done = place.layout.graph.refs, [place.done[read.group.name] for read in stage.reads]
     params = {v: place.value(v, 0, original=not place.walk.quantized) for v in segment.reads if v in refs}
     biases = [d.quant.bias.get(read.path) for d, read in zip(done, stage.reads, strict=True)]
-    place.walk.ahead.wait(stage)
+    call = place.walk.ahead
     for m, env in enumerate(place.envs):
         values = [params[v] if v in params else place.value(v, m) for v in segment.reads]
         inputs = {(read.group.name, read.x): d for d, read in zip(done, stage.reads, strict=True)}
-        inputs = {(name, x): d.applied(place.value(x, m)) for (name, x), d in inputs.items()}
+        inputs = {
+            (name, x): applied(call, d.quant, place.value(x, m), d.plan.x_axes) for (name, x), d in inputs.items()
+        }
         given = [inputs[read.group.name, read.x] for read in stage.reads]
-        env.update(zip(segment.writes, run()(segment, stage.where, values, given, biases), strict=True))
+        env.update(zip(segment.writes, call(run(), segment, stage.where, values, given, biases), strict=True))
 
 
 def _forget(place: Place, done: int, last_use: dict[int, int]) -> None:

@@ -13,8 +13,8 @@ import pytest
 from jax import lax
 
 import jaxq
+from jaxq import walk
 from jaxq.formats import fake_quant, grid_from_range
-from jaxq.stages import Ahead
 from jaxq.steps import Group
 from tests.zoo.specimen import block, block_params, linear, linear_params, norm, norm_params, normal, tokens, weight
 
@@ -245,8 +245,7 @@ def test_what_is_compiled_ahead_is_what_is_run(monkeypatch):
     ahead, committed = compilations(2, recipe), compilations(2, recipe, commit=True)
     with jax.default_matmul_precision("float32"):
         under_a_context = compilations(2, recipe)
-    monkeypatch.setattr(Ahead, "begin", lambda *_: None)
-    monkeypatch.setattr(Ahead, "wait", lambda *_: None)
+    monkeypatch.setattr(walk, "rehearse", lambda *_: None)
     assert ahead == committed == under_a_context == compilations(2, recipe)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -90,6 +90,22 @@ def _renumber(graph: Graph, nodes: list[Node], writes: tuple[int, ...], stop: se
     return Segment(
         tuple(ops), tuple(number[v] for v in reads), outputs, tuple(reads), writes, tuple(n.index for n in nodes), key
     )
+
+
+def alike(graph: Graph, segments: Sequence[Segment]) -> list[Segment]:
+    """The segments, equal where they differ only in what of them is read later: all of these write what one does (a
+    last layer's output goes to no further layer, but is computed all the same)."""
+    wanted: dict[tuple, set[int]] = {}
+    for segment in segments:
+        wanted.setdefault(segment.key[:2], set()).update(segment.outputs)
+
+    def widened(segment: Segment) -> Segment:
+        outputs = tuple(sorted(wanted[segment.key[:2]]))
+        made = {n: v for op, i in zip(segment.ops, segment.nodes) for n, v in zip(op.outs, graph.nodes[i].outs)}
+        writes = tuple(made[n] for n in outputs)
+        return replace(segment, outputs=outputs, writes=writes, key=(*segment.key[:2], outputs))
+
+    return [widened(segment) for segment in segments]
 
 
 def _print(value: Any) -> Any:

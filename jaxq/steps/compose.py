@@ -20,12 +20,15 @@ def chain(*steps: Step) -> Step:
     def apply(group: Group) -> Group:
         return reduce(lambda g, step: step.apply(g), steps, group)
 
-    return Step(plan, apply, tuple(p for step in steps for p in step.patterns))
+    def rehearse(group: Group | None) -> Group | None:
+        return reduce(lambda g, step: g and step.rehearse(g), steps, group)
+
+    return Step(plan, apply, tuple(p for step in steps for p in step.patterns), rehearse)
 
 
 def nothing() -> Step:
     """Leaves a group in full precision."""
-    return Step(lambda _, spec: spec, lambda group: group)
+    return Step(lambda _, spec: spec, lambda group: group, rehearse=lambda group: group)
 
 
 def matches(name: str, rule: str) -> bool:
@@ -54,7 +57,10 @@ def partition(rules: Mapping[str, Step]) -> Step:
 
     patterns = tuple(rules) + tuple(p for step in rules.values() for p in step.patterns)
     return Step(
-        lambda group, spec: choose(group).plan(group, spec), lambda group: choose(group.plan).apply(group), patterns
+        lambda group, spec: choose(group).plan(group, spec),
+        lambda group: choose(group.plan).apply(group),
+        patterns,
+        lambda group: choose(group.plan).rehearse(group),
     )
 
 

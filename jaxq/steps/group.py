@@ -17,6 +17,8 @@ from jaxq.qtensor import Grid, QTensor, is_qtensor
 from jaxq.quantizer import Quantizer
 from jaxq.steps.objective import Numbers, Objective, Objectives
 
+Call = Callable[..., Any]  # call(f, *args) is f(*args), of a jitted function
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -44,6 +46,7 @@ class Group:
       find_objectives: cuts the pieces of program in which a search can measure its error, see `objectives`.
       norm_scale: the scale parameter of the norm that feeds the group, of the shape of x's channel axes, if any.
       log: what steps want to report (arrays and numbers), by name.
+      call: calls jitted functions; in a rehearsal, where arrays are shapes, it begins to compile them instead.
     """
 
     plan: GroupPlan
@@ -60,6 +63,7 @@ class Group:
     output_bias: dict[str, jax.Array] = field(default_factory=dict)
     grid: Grid | None = None
     log: dict[str, Any] = field(default_factory=dict)
+    call: Call = lambda f, *args: f(*args)
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -96,11 +100,13 @@ class Step(NamedTuple):
 
     `plan(group_plan, spec) -> spec` says how a group will be quantized, before the walk; `apply(group) -> group` does
     what the step does. `patterns` are the site-path rules inside it: `calibrate` refuses those that match nothing.
+    `rehearse` is `apply` on a group of shapes, where it calls nothing but jitted functions, by `group.call`; else None.
     """
 
     plan: Callable[[GroupPlan, Spec], Spec]
     apply: Callable[[Group], Group]
     patterns: tuple[str, ...] = ()
+    rehearse: Callable[[Group], Group | None] = lambda _: None
 
 
 def weight_spread(member: Member, s: jax.Array) -> jax.Array:

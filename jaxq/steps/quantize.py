@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from jaxq.formats import Format, Int, grid_from_range
 from jaxq.observers import Observer, Range, average_min_max
+from jaxq.program._compat import quick_jit
 from jaxq.program.groups import GroupPlan
 from jaxq.qtensor import Grid, PerChannel, PerGroup, PerTensor, is_qtensor
 from jaxq.quantizer import Quantizer, quantize_weight
@@ -47,7 +48,10 @@ def quantize(
         _check_group_size(group, w, x)
         return replace(spec, weights=w, activations=x, touched=spec.touched or bool(w or x))
 
-    return Step(plan, lambda group: encode_weights(fix_input(group)))
+    def apply(group: Group) -> Group:
+        return encode_weights(fix_input(group))
+
+    return Step(plan, apply, rehearse=apply)
 
 
 def _check_group_size(group: GroupPlan, weights: Quantizer | None, activations: Quantizer | None) -> None:
@@ -86,26 +90,30 @@ def fix_input(group: Group) -> Group:
     if quantizer is None or observer is None:
         return group
     quantizer = replace(quantizer, observer=observer)
-    axes = group.token_axes, group.plan.x_axes
-    ranges = [_measure(quantizer, *axes, x, valid) for x, valid in zip(group.x, group.valid, strict=True)]
-    return replace(group, grid=_grid(quantizer, ranges))
+    grid, before = None, None
+    for x, valid in zip(group.x, group.valid, strict=True):
+        grid, before = group.call(_ranged(), quantizer, group.token_axes, group.plan.x_axes, x, valid, before)
+    return replace(group, grid=grid)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _measure(
-    quantizer: Quantizer, token_axes: tuple[int, ...], x_axes: tuple[int, ...], x: jax.Array, valid: jax.Array | None
-) -> Range:
+@quick_jit(static_argnums=(0, 1, 2))
+def _ranged(
+    quantizer: Quantizer,
+    token_axes: tuple[int, ...],
+    x_axes: tuple[int, ...],
+    x: jax.Array,
+    valid: jax.Array | None,
+    before: tuple[Range, jax.Array] | None,
+) -> tuple[Grid, tuple[Range, jax.Array]]:
+    """The grid of all batches so far, their merged range and their number; `before` is the two latter without this one.
+    Each batch counts once (the published code counts the first twice)."""
     tokens, real = tokens_of(x, valid, token_axes, x_axes)
-    return quantizer.observer.measure(tokens, quantizer.format, real)
-
-
-@partial(jax.jit, static_argnums=0)
-def _grid(quantizer: Quantizer, ranges: list[Range]) -> Grid:
-    """The ranges of all batches merged in order, each counted once (the published code counts the first twice)."""
-    low, high = ranges[0]
-    for count, current in enumerate(ranges[1:], start=1):
-        low, high = quantizer.observer.merge((low, high), current, count)
-    return Grid(*grid_from_range(quantizer.format, low[0], high[0]))
+    low, high = quantizer.observer.measure(tokens, quantizer.format, real)
+    count = jnp.int32(0)
+    if before is not None:
+        so_far, count = before
+        low, high = quantizer.observer.merge(so_far, (low, high), count)
+    return Grid(*grid_from_range(quantizer.format, low[0], high[0])), ((low, high), count + 1)
 
 
 def encode_weights(group: Group) -> Group:
@@ -117,5 +125,8 @@ def encode_weights(group: Group) -> Group:
     for member in group.plan.members:
         w = group.weights[member.site.path]
         if not is_qtensor(w):
-            codes[member.site.path] = quantize_weight(w, quantizer, member.site.leaf_axes, member.site.experts)
+            codes[member.site.path] = group.call(_encoded(), w, quantizer, member.site.leaf_axes, member.site.experts)
     return encoded(group, codes)
+
+
+_encoded = quick_jit(static_argnums=(1, 2, 3))(quantize_weight)
