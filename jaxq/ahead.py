@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxq.handle import applied, input_quant, leaf_path, tokens
 from jaxq.program._compat import quick_jit
@@ -90,7 +91,9 @@ def rehearse(place: Place, plan: Sequence[Stage]) -> None:
             values = [shape(v) for v in stage.segment.reads]
             call(run(), stage.segment, stage.where, values, inputs, [None] * len(inputs))
         for group in stage.groups:
-            found = place.walk.step.rehearse(_of_shapes(place, group, shape(group.x), leaves))
+            x = shape(group.x)
+            fits = jnp.issubdtype(x.dtype, jnp.floating)  # else the walk says what is wrong, when it comes here
+            found = place.walk.step.rehearse(_of_shapes(place, group, x, leaves)) if fits else None
             quants[group.name] = (
                 _unknown if found is None else partial(applied, call, input_quant(found), axes=group.x_axes)
             )
