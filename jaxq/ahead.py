@@ -62,7 +62,7 @@ class Ahead:
 
 def _key(f: Callable, args: tuple) -> tuple:
     leaves, tree = jax.tree.flatten(args)
-    return f, tree, tuple((a.shape, a.dtype) if hasattr(a, "dtype") else a for a in leaves)
+    return f, tree, tuple((a.shape, a.dtype) if hasattr(a, "shape") else a for a in leaves)
 
 
 @quick_jit(static_argnums=1)

@@ -62,6 +62,7 @@ def test_a_static_recipe_is_the_model_quantized_by_hand(quantized):
     np.testing.assert_array_equal(jaxq.execute(mlp)(q, X), layer(jax.nn.relu(layer(X, "a")), "b"))
 
 
+@pytest.mark.slow
 def test_more_bits_and_searched_ranges_are_closer(quantized):
     errors = {name: error(q) for name, q in quantized.items()}
     assert errors["E2M3 group"] < errors["E2M1"] and errors["E3M2 token"] < errors["E2M1"]

@@ -15,7 +15,7 @@ def random_codes(seed: int, bits: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 2**bits, shape).astype(np.uint8)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(2, 8), st.sampled_from([0, 5, 40, 256, 531]), st.sampled_from([(), (2,)]), st.integers(0, 9))
 def test_unpack_is_the_inverse_without_waste(bits, k, lead, seed):
     codes = random_codes(seed, bits, *lead, k, 3)

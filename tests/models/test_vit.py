@@ -129,7 +129,7 @@ def test_sites(model):
     "recipe",
     [
         pytest.param(jaxq.chain(jaxq.os_plus(), SIX), marks=pytest.mark.slow),
-        jaxq.chain(jaxq.smooth_quant(), SIX),
+        pytest.param(jaxq.chain(jaxq.smooth_quant(), SIX), marks=pytest.mark.slow),
         pytest.param(jaxq.chain(channel_shift(), LLM_FP4), marks=pytest.mark.slow),
     ],
     ids=["os_plus", "smooth_quant", "llm_fp4"],

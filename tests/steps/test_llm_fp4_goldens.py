@@ -252,7 +252,14 @@ class Replay:
 
 
 @pytest.mark.parametrize("legal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["n_bits", "published"])
-@pytest.mark.parametrize("case", ["baseline_w4a4e2", "fpq_w4a4e2", pytest.param("fpq_w6a6e3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("baseline_w4a4e2", marks=pytest.mark.slow),
+        "fpq_w4a4e2",
+        pytest.param("fpq_w6a6e3", marks=pytest.mark.slow),
+    ],
+)
 def test_every_step_of_the_published_search(case: str, legal: bool) -> None:
     Replay(case, legal).rounds()
 

@@ -107,7 +107,7 @@ def test_a_shift_needs_biases_and_the_run_time_shift_does_not() -> None:
     np.testing.assert_allclose(jaxq.execute(forward)(shifted, xs[0]), forward(params, xs[0]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("objective", [group_outputs, next_input])
+@pytest.mark.parametrize("objective", [pytest.param(group_outputs, marks=pytest.mark.slow), next_input])
 def test_scale_alone_beats_rounding_to_nearest(objective) -> None:
     end = jaxq.quantize(jaxq.Int(6), jaxq.Int(6))
     params, xs, quantized, groups = run(jaxq.chain(channel_scale(lower=1.0, objective=objective, batches=None), end))
