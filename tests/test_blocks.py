@@ -357,7 +357,11 @@ def test_real_scales_are_what_they_were():
     np.testing.assert_array_equal(q.codes, codes)
 
 
-@pytest.mark.parametrize("quantizer", [jaxq.mxfp4(), jaxq.per_group(jaxq.Int(4), 16)], ids=["mxfp4", "group"])
+@pytest.mark.parametrize(
+    "quantizer",
+    [pytest.param(jaxq.mxfp4(), marks=pytest.mark.slow), jaxq.per_group(jaxq.Int(4), 16)],
+    ids=["mxfp4", "group"],
+)
 def test_blocks_of_several_axes_run_along_the_innermost(quantizer) -> None:
     """Attention's output projection, [heads, features] summed over, is the product of the two axes in one."""
     x, w = normal(0, 2, 3, 4, 32), normal(1, 4, 32, 8)

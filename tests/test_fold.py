@@ -440,7 +440,7 @@ def random_step(shift: bool = True) -> Step:
     return Step(lambda _, spec: Spec(spec.weights, spec.activations, touched=True), apply)
 
 
-@pytest.mark.parametrize("propagate", ["quantized", "full_precision"])
+@pytest.mark.parametrize("propagate", ["quantized", pytest.param("full_precision", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_calibration_with_transforms_alone_keeps_the_function(propagate, scanned):
     def f(p, t):

@@ -117,6 +117,7 @@ def finish(*processes: subprocess.Popen) -> None:
         assert out.endswith("the same\n"), err
 
 
+@pytest.mark.slow
 def test_products_on_eight_devices():
     finish(launch("products"))
 

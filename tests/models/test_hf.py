@@ -79,6 +79,7 @@ class TestLoad:
         "name", (pytest.param("opt", marks=pytest.mark.slow), pytest.param("mistral", marks=pytest.mark.slow), "bloom")
     )
     @pytest.mark.parametrize("stored", (np.float16, pytest.param(ml_dtypes.bfloat16, marks=pytest.mark.slow)))
+    @pytest.mark.slow
     def test_half_precision_is_promoted_unless_asked_for(self, stored, name, tmp_path):
         model = load(GOLDEN / name)
         save_hf(model, jax.tree.map(lambda leaf: leaf.astype(stored), model.params), tmp_path / "half")
