@@ -75,10 +75,8 @@ class TestLoad:
                 base = base.base
             assert isinstance(base, np.memmap)
 
-    @pytest.mark.parametrize(
-        "name", (pytest.param("opt", marks=pytest.mark.slow), pytest.param("mistral", marks=pytest.mark.slow), "bloom")
-    )
-    @pytest.mark.parametrize("stored", (np.float16, pytest.param(ml_dtypes.bfloat16, marks=pytest.mark.slow)))
+    @pytest.mark.parametrize("name", ("opt", "mistral", "bloom"))
+    @pytest.mark.parametrize("stored", (np.float16, ml_dtypes.bfloat16))
     @pytest.mark.slow
     def test_half_precision_is_promoted_unless_asked_for(self, stored, name, tmp_path):
         model = load(GOLDEN / name)
