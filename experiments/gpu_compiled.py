@@ -46,7 +46,8 @@ H200 = """gpu_device_info {
 platform_name: "CUDA" device_description_str: "NVIDIA H200"
 """
 FORMATS: dict[str, Int | Float] = {
-    "int4": Int(4), "uint4": Int(4, symmetric=False), "e2m1": Float(2, 1), "e1m2": Float(1, 2), "e3m0": Float(3, 0)
+    "int4": Int(4), "uint4": Int(4, symmetric=False), "e2m1": Float(2, 1), "e1m2": Float(1, 2), "e3m0": Float(3, 0),
+    "int8": Int(8), "e4m3": Float(4, 3, reserved=1),
 }  # fmt: skip
 KERNELS = [*FORMATS, *(f"{name}_g128" for name in FORMATS)]
 
@@ -60,10 +61,10 @@ def h200() -> jax.Device:
     return topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices[0]
 
 
-def compiled(function: Any, rows: int, k: int, n: int, groups: int) -> jax.stages.Compiled:
+def compiled(function: Any, rows: int, k: int, depth: int, n: int, groups: int) -> jax.stages.Compiled:
     """A function of x, packed weights and scales, for an H200."""
     on = SingleDeviceSharding(h200())
-    shapes = (((rows, k), jnp.bfloat16), ((k // 2, n), jnp.uint8), ((groups, n), jnp.float32))
+    shapes = (((rows, k), jnp.bfloat16), ((depth, n), jnp.uint8), ((groups, n), jnp.float32))
     given = [jax.ShapeDtypeStruct(*shape, sharding=on) for shape in shapes]
     device = AbstractDevice("NVIDIA H200", None, "gpu")
     with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Explicit,), abstract_device=device)):
@@ -73,23 +74,24 @@ def compiled(function: Any, rows: int, k: int, n: int, groups: int) -> jax.stage
 def row(name: str, rows: int, k: int, n: int, dump: Path, plain: bool) -> dict:
     """One row of the table."""
     fmt, groups = FORMATS[name.removesuffix("_g128")], k // 128 if name.endswith("g128") else 1
+    depth = k * fmt.bits // 8
     for file in dump.iterdir():
         file.unlink()
-    memory = compiled(partial(hopper_matmul, fmt=fmt), rows, k, n, groups).memory_analysis()
+    memory = compiled(partial(hopper_matmul, fmt=fmt), rows, k, depth, n, groups).memory_analysis()
     ptx, log, sass = (next(dump.glob(f"*.{kind}")).read_text() for kind in ("ptx", "ptxas", "sass_ctrl"))
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
     assert spilled and registers, log
     expanding = len(re.findall(r"\s(?:LOP3|SHF|PRMT|IMAD|HMUL2|HFMA2)\b", sass))
     result = {
-        "kernel": name, "rows": rows, "K": k, "N": n, "tile": tiles(rows, k, n, groups),
+        "kernel": name, "rows": rows, "K": k, "N": n, "tile": tiles(rows, depth, n, groups),
         "temporary": memory.temp_size_in_bytes, "weight": 2 * k * n, "wgmma": ptx.count("wgmma.mma_async"),
         "hgmma": len(re.findall(r"\sHGMMA\.", sass)), "registers": int(registers[1]),
         "spilled": int(spilled[1]) + int(spilled[2]), "serialized": "serialized" in log,
         "alu": round(expanding / 128, 2),
     }  # fmt: skip
     if plain:
-        meaning = compiled(partial(plain_hopper_matmul, fmt=fmt), rows, k, n, groups)
+        meaning = compiled(partial(plain_hopper_matmul, fmt=fmt), rows, k, depth, n, groups)
         result["plain"] = meaning.memory_analysis().temp_size_in_bytes
     return result
 

@@ -57,12 +57,11 @@ def execute(forward: Callable, products: Products = "int8") -> Callable:
     Args:
       forward: `forward(params, *inputs) -> outputs`, any traceable function over any pytree of arrays.
       products: how packed weights are multiplied, see `jaxq.kernels.plain`; the results are the same up to the order of
-        accumulation. "int8": 8-bit products where the numbers fit, else as "float".
+        accumulation. "int8": by kernels where the device has them (`jaxq.kernels.tpu`, `jaxq.kernels.gpu`),
+        in 8-bit products where the numbers fit, else as "float".
         Integers hold no NaN: with a static grid one in an activation counts as 0, where unpacked weights give NaN.
         "float": products in float32, on accelerators in bfloat16.
         "decoded": packed weights are only decoded, and activations fake-quantized, as without `pack`.
-        "experimental": as "int8", and on Hopper GPUs bfloat16 activations and packed 4-bit weights are multiplied by
-        a kernel that is compiled and simulated but has never run on a GPU (`jaxq.kernels.hopper_matmul`).
 
     Returns:
       A function of the same signature that also takes what `calibrate` returns in place of `params`. Quantized

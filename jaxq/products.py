@@ -77,10 +77,10 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
         a = x.centered if x.scale is None else x.centered * x.scale
         return product(Integers(a), Integers(w), None, products, eqn.params["precision"])
 
-    chosen = _kernel(rows, leaf, groups, products, matrix, dtype) if in_place else None
+    sums = _sums(site, leaf, groups, matrix)
+    chosen = _kernel(rows, leaf, groups, sums, products, matrix, dtype) if in_place else None
     if chosen is None and groups > 1:
         return None
-    sums = _sums(site, leaf, groups, matrix)
 
     def meaning(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         return (plain if groups == 1 else decoded)(x, leaf, sums).astype(dtype)
@@ -108,12 +108,17 @@ Product = Callable[[Integers, Packed, jax.Array | None], jax.Array]
 
 def _device(products: Products, *operands: jax.Array) -> str | None:
     """The kind of device that the program is traced for, if it may have kernels for these operands."""
-    tpus = tpu.target(*operands) if products in ("int8", "experimental") else None
-    return tpus or (gpu.target(*operands) if products == "experimental" else None)
+    return tpu.target(*operands) or gpu.target(*operands) if products == "int8" else None
 
 
 def _kernel(
-    x: Integers, leaf: Packed, groups: int, products: Products, matrix: Callable[[jax.Array], jax.Array], dtype: Any
+    x: Integers,
+    leaf: Packed,
+    groups: int,
+    sums: jax.Array | None,
+    products: Products,
+    matrix: Callable[[jax.Array], jax.Array],
+    dtype: Any,
 ) -> tuple[str, Product] | None:
     """The platform and the kernel of a product, of `dtype`, on the device that the program is traced for, if it has
     one."""
@@ -129,11 +134,11 @@ def _kernel(
 
     def by_gpu(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         assert isinstance(fmt, Int | Float)
-        return gpu.packed_product(x, leaf.planes[0], weights(leaf), fmt).astype(dtype)
+        return gpu.packed_product(x, leaf.planes[0], weights(leaf), fmt, sums).astype(dtype)
 
     if kind in tpu.E4M3:
         return ("tpu", by_tpu) if tpu.has_kernel(x, fmt, groups) else None
-    return ("cuda", by_gpu) if kind is not None and gpu.has_kernel(x, fmt, codes.shape[1], groups) else None
+    return ("cuda", by_gpu) if kind is not None and gpu.has_kernel(x, fmt, codes.shape[1], groups, sums) else None
 
 
 def _either(platform: str, kernel: Product, plain: Product) -> Product:

@@ -1,17 +1,21 @@
-"""What a Hopper GPU does in place of `jaxq.kernels.plain.product`, where it is asked to: see `hopper_matmul`."""
+"""What a Hopper GPU does in place of `jaxq.kernels.plain.product`: see `jaxq.kernels.hopper_matmul`."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxq.formats import Float, Format, Int
 from jaxq.kernels.devices import device_kind
+from jaxq.kernels.expansion import WIDEST_EXPONENT
 from jaxq.kernels.layout import fits
-from jaxq.kernels.plain import Integers, element_scale
+from jaxq.kernels.plain import Integers, element_scale, largest_integer
 
 COLUMNS = 128  # of the weight, that a warpgroup multiplies at once
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
+MOST_ROWS = 128  # with more, decoding the weight and multiplying it with XLA's product is faster
+EXACT = 2**24  # below it float32 holds all integers
 
 
 def target(*operands: jax.Array) -> str | None:
@@ -20,31 +24,44 @@ def target(*operands: jax.Array) -> str | None:
     return kind if kind is not None and kind.startswith(HOPPER) else None
 
 
-def has_kernel(x: Integers, fmt: Format | None, columns: int, groups: int = 1) -> bool:
-    """Whether `packed_product` multiplies [M, K] with `columns` columns of weights of a format in so many groups: of 4
-    bits, with an activation in bfloat16 that is not quantized. Integers XLA multiplies, exactly, in int8."""
-    if not isinstance(fmt, Int | Float) or fmt.bits != 4 or x.bound is not None or x.values.dtype != jnp.bfloat16:
+def has_kernel(x: Integers, fmt: Format | None, columns: int, groups: int, sums: jax.Array | None) -> bool:
+    """Whether `packed_product` multiplies [M, K] with `columns` columns of weights of a format in so many groups: for
+    few rows; of 4 or 8 bits with an activation in bfloat16 that is not quantized; of 4 bits with one that is, where
+    bfloat16 holds it and float32 the sums, exactly."""
+    rows, k = x.values.shape
+    if not isinstance(fmt, Int | Float) or fmt.bits not in (4, 8) or columns % COLUMNS or not fits(k, groups):
         return False
-    return fits(x.values.shape[1], groups) and columns % COLUMNS == 0
+    if rows > MOST_ROWS or (isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT):
+        return False
+    if x.bound is None:
+        return x.values.dtype == jnp.bfloat16
+    assert x.largest is not None
+    exact = x.bound.bit_length() <= 8 and x.largest * largest_integer(fmt) * (k // groups) < EXACT
+    return fmt.bits == 4 and exact and (x.center is None or sums is not None)
 
 
-def packed_product(x: Integers, codes: jax.Array, w: Integers, fmt: Int | Float) -> jax.Array:
+def packed_product(x: Integers, codes: jax.Array, w: Integers, fmt: Int | Float, sums: jax.Array | None) -> jax.Array:
     """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by the kernel: y [M, N], float32.
 
-    The codes of an asymmetric integer are multiplied less 8, and its center after that, in each group:
-    x (W + b) = x W + b sum(x).
+    Centers come after it, in float32, in each group: (x + a)(W + b) = xW + b sum(x) + a (sum(W) + K b).
 
     Args:
       x: as there.
-      codes: of the weights, packed: uint8 [K/2, N].
+      codes: of the weights, packed: uint8 [K/2, N], or of 8 bits uint8 or int8 [K, N].
       w: scale and center of its integers, [groups, N] or [1, 1]; their values are not used.
       fmt: of the codes.
+      sums: of w's values over each group, int32 [groups, N].
     """
     from jaxq.kernels.hopper_matmul import hopper_matmul  # not above: not every jaxlib comes with Mosaic GPU
 
-    scale = element_scale(w, fmt, codes.shape[1])
-    y = hopper_matmul(x.values, codes, scale, fmt)
-    if w.center is None:
-        return y
-    totals = x.values.reshape(x.values.shape[0], scale.shape[0], -1).sum(2, dtype=jnp.float32)
-    return y + jnp.dot(totals, w.center * scale, precision="highest")
+    scale, values = element_scale(w, fmt, codes.shape[1]), x.values.astype(jnp.bfloat16)
+    y = hopper_matmul(values, lax.bitcast_convert_type(codes, jnp.uint8), scale, fmt)
+    if w.center is not None:
+        totals = values.reshape(values.shape[0], scale.shape[0], -1).sum(2, dtype=jnp.float32)
+        y = y + jnp.dot(totals, w.center * scale, precision="highest")
+    if x.center is not None:
+        assert sums is not None
+        size = values.shape[1] // scale.shape[0]
+        total = sums.astype(jnp.float32) if w.center is None else sums.astype(jnp.float32) + size * w.center
+        y = y + x.center * (total * scale).sum(0, keepdims=True)
+    return y if x.scale is None else y * x.scale

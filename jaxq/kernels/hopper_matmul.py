@@ -21,7 +21,9 @@ takes 8-bit operands from shared memory only where K is contiguous, which in `ja
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -32,13 +34,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxq.formats import Float, Int
 from jaxq.kernels import hopper_registers as registers
-from jaxq.kernels.expansion import Expansion, code_values, expansion
+from jaxq.kernels.expansion import expansions, packed_values
 from jaxq.kernels.gpu import COLUMNS
 from jaxq.kernels.hopper_registers import DEPTH
-from jaxq.kernels.layout import BLOCK, HALF, fits, unpack_codes
+from jaxq.kernels.layout import BLOCK, HALF, fits
 
-STEP = 2 * DEPTH  # channels of one step of the pipeline: DEPTH of the low nibbles, DEPTH of the high ones
-SHARED = 192 << 10  # bytes of shared memory for the steps under way
+SHARED = 52 << 10  # bytes of shared memory for the steps under way: four blocks have room in a multiprocessor
+RESIDENT = 4
 MULTIPROCESSORS = 132
 NO_INDEX = (None,) if jax.__version_info__ < (0, 11) else ()  # of `plgpu.load`, which JAX 0.10 must be told
 
@@ -55,133 +57,118 @@ def hopper_matmul(
 
     Args:
         x: [M, K] bfloat16.
-        w: packed 4-bit codes, uint8 [K/2, N], as in `jaxq.kernels.layout`.
+        w: packed codes, uint8 [K/2, N] of 4 bits, as in `jaxq.kernels.layout`, or [K, N] of 8.
         scale: [G, N] float32.
-        fmt: of the codes, of 4 bits.
+        fmt: of the codes, one that `jaxq.kernels.expansion` has.
         dtype: of the result.
 
     Returns:
         [M, N].
 
     Raises:
-        ValueError: the shapes do not fit each other or the kernel: see `layout.fits`; or the format is not of 4 bits.
+        ValueError: the shapes do not fit each other or the kernel: see `layout.fits`; or it does not take the format.
     """
     (m, k), n, groups = x.shape, w.shape[1], scale.shape[0]
-    if 2 * w.shape[0] != k or scale.shape[1] != n or not fits(k, groups) or n % COLUMNS:
+    made = expansions(fmt)
+    if 8 * w.shape[0] != k * fmt.bits or scale.shape[1] != n or not fits(k, groups) or n % COLUMNS:
         raise ValueError(
-            f"x {x.shape}, packed weights {w.shape}, scales {scale.shape}: the kernel takes x [M, K], weights [K/2, N] "
-            "and scales [G, N], K in blocks of 256, groups in multiples of 128 and N in multiples of 128"
+            f"x {x.shape}, packed weights {w.shape} of {fmt}, scales {scale.shape}: the kernel takes x [M, K], weights "
+            "[K * bits / 8, N] and scales [G, N], K in blocks of 256, groups in multiples of 128 and N in multiples of "
+            "128"
         )
-    made = expansion(fmt)
-    rows, warpgroups, splits = tiles(m, k, n, groups)
+    rows, splits = tiles(m, w.shape[0], n, groups)
     x = jnp.pad(x, ((0, -m % rows), (0, 0)))
-    steps = k // STEP // splits
-    stages = SHARED // (DEPTH * COLUMNS * warpgroups + 2 * rows * DEPTH * x.dtype.itemsize)
     y = plgpu.kernel(
-        partial(_kernel, expansion=made, tile=(rows, warpgroups), steps=steps, stages=min(8, stages)),
+        partial(_kernel, fmt=fmt, rows=rows, steps=-(-w.shape[0] // DEPTH // splits)),
         out_type=jax.ShapeDtypeStruct((splits, x.shape[0], n), dtype if splits == 1 else jnp.float32),
-        grid=(x.shape[0] // rows, n // COLUMNS // warpgroups, splits),
+        grid=(x.shape[0] // rows, n // COLUMNS, splits),
         grid_names=("m", "n", "split"),
-        num_threads=warpgroups + 1,
-        thread_name="warpgroup",
         kernel_name="jaxq_hopper_matmul",
-    )(x, w, scale / jnp.float32(made.unit))
+    )(x, w, scale / jnp.float32(made[0].unit))
     return (y[0] if splits == 1 else y.sum(0).astype(dtype))[:m]
 
 
-def tiles(m: int, k: int, n: int, groups: int) -> tuple[int, int, int]:
-    """How many rows of x and warpgroups, of 128 columns each, a block multiplies, and into how many parts K is cut.
-
-    With scales of groups there are two sets of sums, which have to fit in the registers.
-    """
+def tiles(m: int, depth: int, n: int, groups: int) -> tuple[int, int]:
+    """How many rows of x a block multiplies, and into how many parts K is cut, for weights of `depth` bytes a column.
+    With scales of groups there are three sets of sums to hold in registers."""
     rows = min(-(-m // 8) * 8, 128 if groups == 1 else 32)
-    warpgroups = 2 if n % (2 * COLUMNS) == 0 else 1
-    blocks, steps, splits = -(-m // rows) * (n // COLUMNS // warpgroups), k // STEP, 1
-    while 2 * blocks * splits <= MULTIPROCESSORS and steps % (2 * splits) == 0 and steps // (2 * splits) >= 2:
-        splits *= 2
-    return rows, warpgroups, splits
+    blocks, steps = -(-m // rows) * (n // COLUMNS), depth // DEPTH
+    splits = max(1, min(RESIDENT * MULTIPROCESSORS // blocks, steps // 2, depth // (32 * rows)))
+    return rows, -(-steps // -(-steps // splits))
 
 
-def _kernel(
-    x: Any, w: Any, scale: Any, out: Any, *, expansion: Expansion, tile: tuple[int, int], steps: int, stages: int
-) -> None:
-    rows, warpgroups = tile
+def _kernel(x: Any, w: Any, scale: Any, out: Any, *, fmt: Int | Float, rows: int, steps: int) -> None:
     i, j, split = (lax.axis_index(name) for name in ("m", "n", "split"))
-    mine = lax.axis_index("warpgroup")
-    columns = pl.ds((j * warpgroups + mine) * COLUMNS, COLUMNS)
+    columns = pl.ds(j * COLUMNS, COLUMNS)
+    made, codes = expansions(fmt), 8 // fmt.bits  # in a byte
     groups, size = scale.shape[0], x.shape[1] // scale.shape[0]
 
-    def scaled(sums: jax.Array, group: Any) -> jax.Array:
-        """Sums [128, rows] as they are stored, [rows, 128], times their scales."""
-        here = scale.at[group, columns]
-        factors = plgpu.load(here, *NO_INDEX, layout=registers.BYTES.reduce(0), optimized=False)
-        factors = plgpu.layout_cast(lax.broadcast_in_dim(factors, (rows, COLUMNS), (1,)), registers.BYTES)
-        return registers.result(sums) * factors
+    def factors(here: Any) -> jax.Array:
+        """A group's scales of this warpgroup's columns, for each row."""
+        found = plgpu.load(here, *NO_INDEX, layout=registers.BYTES.reduce(0), optimized=False)
+        return plgpu.layout_cast(lax.broadcast_in_dim(found, (rows, COLUMNS), (1,)), registers.BYTES)
 
-    def halves(w_part: Any) -> list[jax.Array]:
-        """The weight's channels of a step, bfloat16 [128, 64]: of the low nibbles, and of the high ones."""
-        packed = plgpu.layout_cast(w_part[:, pl.ds(mine * COLUMNS, COLUMNS)], registers.BYTES)
-        words = registers.pairs(packed)
-        bits = [registers.fragments(expansion.bits(words, half), expansion.bits(words, 2 + half)) for half in (0, 1)]
-        return [expansion.finish(part) for part in bits]
+    def multiply(w_part: Any, x_parts: Sequence[Any], sums: Sequence[Any]) -> None:
+        """While one expansion is multiplied, the next is made."""
+        words = registers.pairs(plgpu.layout_cast(w_part[...], registers.BYTES))
+        for number, expansion in enumerate(made):
+            bits = registers.fragments(expansion.bits(words, 0), expansion.bits(words, 1))
+            plgpu.wgmma(sums[number % codes], expansion.finish(bits), x_parts[number % codes].transpose((1, 0)))
 
-    def all_at_once(_: Any, w_part: Any, low: Any, high: Any, sums: Any) -> Any:
-        for part, x_part in zip(halves(w_part), (low, high)):
-            plgpu.wgmma(sums, part, x_part.transpose((1, 0)))
-        plgpu.wgmma_wait(0)
-        return sums
+    def index(code: int, unit: int, step: Any) -> Any:
+        """In units of so many channels, where those of a step are that have their code in this place of a byte."""
+        byte = (split * steps + step) * DEPTH
+        return (byte if codes == 1 else byte // HALF * BLOCK + code * HALF + byte % HALF) // unit
 
-    def by_groups(at: Any, w_part: Any, low: Any, high: Any, total: jax.Array) -> jax.Array:
-        block = (split * steps + at[0]) // 2
-        for half, (part, x_part) in enumerate(zip(halves(w_part), (low, high))):
+    def x_spec(code: int) -> plgpu.BlockSpec:
+        return _spec((rows, DEPTH), lambda t: (i, index(code, DEPTH, t)), x.dtype)
 
-            def multiplied(sums: Any) -> jax.Array:
-                plgpu.wgmma(sums, part, x_part.transpose((1, 0)))  # noqa: B023 - called at once
-                return sums[...]
+    def scale_spec(code: int) -> plgpu.BlockSpec:
+        return plgpu.BlockSpec((1, COLUMNS), lambda t: (index(code, size, t), j))
 
-            sums = pl.run_scoped(multiplied, plgpu.WGMMAAccumulatorRef((COLUMNS, rows), jnp.float32))
-            total = total + scaled(sums, (2 * block + half) * HALF // size)
+    def pipeline(body: Any, specs: Sequence[plgpu.BlockSpec], carry: jax.Array | None = None) -> Any:
+        every = [_spec((DEPTH, COLUMNS), lambda t: (split * steps + t, j), w.dtype), *map(x_spec, range(codes)), *specs]
+        operands = [w, *[x] * codes, *[scale] * len(specs)]
+        stages = SHARED // sum(prod(spec.block_shape) * a.dtype.itemsize for spec, a in zip(every, operands))
+        run = plgpu.emit_pipeline(
+            body, grid=(steps,), in_specs=every, max_concurrent_steps=min(stages, steps), init_carry=carry
+        )
+        return run(*operands)
+
+    def channelwise(sums: Any) -> None:
+        def body(_: Any, w_part: Any, *x_parts: Any) -> None:
+            multiply(w_part, x_parts, [sums] * codes)
+            plgpu.wgmma_wait(0)
+
+        pipeline(body, [])
+        store(registers.result(sums[...]) * factors(scale.at[0, columns]))
+
+    def by_groups(_: Any, w_part: Any, *rest: Any) -> jax.Array:
+        x_parts, scales, total = rest[:codes], rest[codes:-1], rest[-1]
+        scales = [factors(part.at[0]) for part in scales]
+
+        def multiplied(*sums: Any) -> list[jax.Array]:
+            multiply(w_part, x_parts, sums)
+            return [part[...] for part in sums]
+
+        for sums, its in zip(pl.run_scoped(multiplied, *[accumulator] * codes), scales):
+            total = total + registers.result(sums) * its
         return total
 
     def store(y: jax.Array) -> None:
         out[split, pl.ds(i * rows, rows), columns] = y.astype(out.dtype)
 
-    def context(run: Any) -> None:
-        if groups > 1:
-            zeros = plgpu.layout_cast(jnp.zeros((rows, COLUMNS), jnp.float32), registers.BYTES)
-            return store(run(zeros))
-
-        def channelwise(sums: Any) -> None:
-            run(sums)
-            store(scaled(sums[...], 0))
-
-        pl.run_scoped(channelwise, plgpu.WGMMAAccumulatorRef((COLUMNS, rows), jnp.float32))
-
-    def nibble(half: int) -> plgpu.BlockSpec:
-        """The channels of x that go with the low or the high nibbles of a step."""
-
-        def index(t: Any) -> tuple[Any, Any]:
-            step = split * steps + t
-            return i, step // 2 * (BLOCK // DEPTH) + step % 2 + half * (HALF // DEPTH)
-
-        return _spec((rows, DEPTH), index)
-
-    body: Any = all_at_once if groups == 1 else by_groups
-    plgpu.emit_pipeline_warp_specialized(
-        body,
-        grid=(steps,),
-        memory_registers=40,
-        in_specs=[_spec((DEPTH, COLUMNS * warpgroups), lambda t: (split * steps + t, j)), nibble(0), nibble(1)],
-        max_concurrent_steps=stages,
-        wg_axis="warpgroup",
-        num_compute_wgs=warpgroups,
-        compute_context=context,
-    )(w, x, x)
+    accumulator = plgpu.WGMMAAccumulatorRef((COLUMNS, rows), jnp.float32)
+    if groups == 1:
+        pl.run_scoped(channelwise, accumulator)
+    else:
+        zeros = plgpu.layout_cast(jnp.zeros((rows, COLUMNS), jnp.float32), registers.BYTES)
+        store(pipeline(by_groups, list(map(scale_spec, range(codes))), zeros))
 
 
-def _spec(block: tuple[int, int], index: Any) -> plgpu.BlockSpec:
+def _spec(block: tuple[int, int], index: Any, dtype: Any) -> plgpu.BlockSpec:
     """Blocks in shared memory in rows of 128 bytes, swizzled against bank conflicts."""
-    width = 128 if block[1] % 128 == 0 else 64  # of bytes of codes, of bfloat16
+    width = 128 // dtype.itemsize
     return plgpu.BlockSpec(block, index, transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)))
 
 
@@ -189,6 +176,6 @@ def plain_hopper_matmul(
     x: jax.Array, w: jax.Array, scale: jax.Array, fmt: Int | Float, *, dtype: Any = jnp.float32
 ) -> jax.Array:
     """What `hopper_matmul` means, in plain jnp, for any K and N and any size of groups that divides K."""
-    values = code_values(fmt, unpack_codes((w,), 4, x.shape[1])).reshape(scale.shape[0], -1, w.shape[1])
+    values = packed_values(fmt, w, x.shape[1]).reshape(scale.shape[0], -1, w.shape[1])
     a = x.astype(jnp.float32).reshape(x.shape[0], scale.shape[0], -1)
     return jnp.einsum("mgk,gkn,gn->mn", a, values, scale, precision="highest").astype(dtype)

@@ -31,7 +31,7 @@ from jaxq.formats import Float, Format, Int, decode, divide, fake_quant
 from jaxq.formats.floating import layout, power_of_two
 from jaxq.qtensor import Granularity, Grid, Packed, QTensor, pytree, static
 
-Products = Literal["int8", "float", "decoded", "experimental"]
+Products = Literal["int8", "float", "decoded"]
 
 ROWS_ON_CPU = 16
 # Formats whose codes are a machine's numbers, bit for bit: accelerators decode these in one instruction.
@@ -62,10 +62,13 @@ class Integers:
 
 
 def element_scale(w: Integers, fmt: Int | Float, columns: int) -> jax.Array:
-    """The scales [groups, columns] of a weight's elements, which are those of its integers but for a float's unit."""
+    """The scales [groups, columns] of a weight's elements, which are those of its integers but for a float's unit, in
+    which `weight_integers` counts unless it is a machine's."""
     scale = jnp.ones((1, 1)) if w.scale is None else w.scale
     scale = jnp.broadcast_to(scale, (scale.shape[0], columns))
-    return scale * jnp.float32(2.0 ** (fmt.bias - 1 + fmt.mantissa_bits)) if isinstance(fmt, Float) else scale
+    if isinstance(fmt, Int) or fmt in MACHINE_FLOATS:
+        return scale
+    return scale * jnp.float32(2.0 ** (fmt.bias - 1 + fmt.mantissa_bits))
 
 
 def weight_integers(leaf: QTensor | Packed) -> Integers:

@@ -24,7 +24,7 @@ BINARY: dict[str, Callable] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor"
 BINARY |= {"sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum}
 COMPARED: dict[str, Callable] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
 COMPARED |= {"gt": np.greater, "ge": np.greater_equal}
-NOTHING = ("fence", "setmaxnreg", "wgmma.fence", "wgmma.commit", "wgmma.wait", "cp.async.bulk.commit")
+NOTHING = ("prefetch", "fence", "setmaxnreg", "wgmma.fence", "wgmma.commit", "wgmma.wait", "cp.async.bulk.commit")
 
 
 def run(ptx: str, grid: tuple[int, int, int], warpgroups: int, maps: list[Tiled], buffers: list[np.ndarray]) -> None:
@@ -225,7 +225,7 @@ class Warpgroup:
         self.block.barriers[barrier].move(expected=-box.size)
 
     def move(self, parts: list[str], ops: list[str], active: np.ndarray) -> None:
-        if "param" in parts:
+        if parts[1].startswith("param"):
             self.values[ops[0]] = np.full(LANES, BUFFER * (1 + int(ops[1].strip("[]").split("_")[-1])), np.uint64)
             return
         store = parts[0] == "st"
