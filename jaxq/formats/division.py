@@ -36,7 +36,8 @@ def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def on_gpu() -> bool:
     """Whether the program is traced for a GPU: for the device of the mesh in scope, else the default one."""
-    device: Any = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.config.jax_default_device
+    config: Any = jax.config
+    device: Any = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or config.jax_default_device
     platform = getattr(device, "platform", device) or jax.default_backend()
     return platform in ("gpu", "cuda", "rocm")
 
