@@ -24,6 +24,7 @@ __all__ = [
     "bias_of_scale",
     "decode",
     "divide",
+    "elements",
     "encode",
     "fake_quant",
     "grid_from_range",
@@ -105,10 +106,20 @@ def fake_quant(
 
     Arguments and errors as for `encode`; NaN stays NaN.
     """
-    values, scale = _checked(x), scale.astype(jnp.float32)
+    return (elements(fmt, x, scale, zero, mantissa) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def elements(
+    fmt: Format, x: jax.Array, scale: jax.Array, zero: jax.Array | None = None, mantissa: jax.Array | None = None
+) -> jax.Array:
+    """What `fake_quant` multiplies by the scale: an integer's code less the zero point, a float's element at scale 1.
+
+    float32 of the shape of `x`; differentiable as `fake_quant` is; arguments and errors as for it.
+    """
+    x, scale = _checked(x), scale.astype(jnp.float32)
     if isinstance(fmt, Int):
-        return integer.fake_quant(fmt, values, scale, zero).astype(x.dtype)
-    return floating.fake_quant(fmt, values, scale, mantissa).astype(x.dtype)
+        return integer.steps(fmt, x, scale, zero)
+    return floating.elements(fmt, x, scale, mantissa)
 
 
 def _checked(x: jax.Array) -> jax.Array:

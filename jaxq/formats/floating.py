@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.formats.division import divide
+from jaxq.formats.division import divide, ratio
 
 SMALLEST_NORMAL = -126  # the exponent of float32's; smaller numbers may be flushed to zero
 LARGEST_POWER = 127.99999  # float32's largest number is 2**128, nearly
@@ -144,7 +144,7 @@ def scale_from_width(fmt: Kind, width: jax.Array, mantissa: jax.Array | None) ->
 def encode(fmt: Kind, x: jax.Array, scale: jax.Array, mantissa: jax.Array | None) -> jax.Array:
     """Sign, exponent and mantissa of the nearest element: codes of one sign count the elements from zero."""
     m, lowest, largest = layout(fmt, mantissa)
-    steps, exponent = _steps(divide(x, scale), m, lowest, largest)
+    steps, exponent = _steps(ratio(x, scale), m, lowest, largest)
     magnitude = jnp.abs(steps).astype(jnp.int32) + jnp.left_shift(exponent - lowest, m)
     sign = jnp.signbit(steps).astype(jnp.int32)
     return (magnitude | jnp.left_shift(sign, fmt.bits - 1)).astype(fmt.code_dtype)
@@ -161,8 +161,8 @@ def decode(fmt: Kind, codes: jax.Array, scale: jax.Array, mantissa: jax.Array | 
     return jnp.where(codes >= 2 ** (fmt.bits - 1), -element, element) * scale
 
 
-def fake_quant(fmt: Kind, x: jax.Array, scale: jax.Array, mantissa: jax.Array | None) -> jax.Array:
-    return _snap(x, scale, *layout(fmt, mantissa)) * scale
+def elements(fmt: Kind, x: jax.Array, scale: jax.Array, mantissa: jax.Array | None) -> jax.Array:
+    return _snap(x, scale, *layout(fmt, mantissa))
 
 
 def _steps(y: jax.Array, m: Number, lowest: Number, largest: Number) -> tuple[jax.Array, jax.Array]:
@@ -175,7 +175,7 @@ def _steps(y: jax.Array, m: Number, lowest: Number, largest: Number) -> tuple[ja
 @jax.custom_jvp
 def _snap(x: jax.Array, scale: jax.Array, m: Number, lowest: Number, largest: Number) -> jax.Array:
     """The element nearest to `x / scale`, with straight-through rounding."""
-    steps, exponent = _steps(divide(x, scale), m, lowest, largest)
+    steps, exponent = _steps(ratio(x, scale), m, lowest, largest)
     return steps * power_of_two(exponent - m)
 
 
@@ -183,9 +183,9 @@ def _snap(x: jax.Array, scale: jax.Array, m: Number, lowest: Number, largest: Nu
 def _snap_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     x, scale, m, lowest, largest = primals
     dx, dscale = tangents[:2]
-    ratio = divide(x, scale)
-    clipped = jnp.abs(ratio) > largest
-    tangent = jnp.where(clipped, jnp.float32(0), (dx - ratio * dscale) / scale)
+    quotient = divide(x, scale)
+    clipped = jnp.abs(quotient) > largest
+    tangent = jnp.where(clipped, jnp.float32(0), (dx - quotient * dscale) / scale)
     return _snap(x, scale, m, lowest, largest), tangent
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.formats.division import divide
+from jaxq.formats.division import divide, on_gpu, ratio
 
 # The smallest scale: machine epsilon of float32, as in the reference. It keeps x / scale finite for any usual x.
 SMALLEST_SCALE = float(np.finfo(np.float32).eps)
@@ -69,8 +70,19 @@ def grid_from_range(fmt: Int, low: jax.Array, high: jax.Array) -> tuple[jax.Arra
 
 def encode(fmt: Int, x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
     """`clip(rint(x / scale) + zero, qmin, qmax)`."""
-    steps = _steps(fmt, x, scale, zero)
-    return (steps if zero is None else steps + zero.astype(jnp.float32)).astype(fmt.code_dtype)
+    codes = steps(fmt, x, scale, zero)
+    return narrow(codes if zero is None else codes + zero.astype(jnp.float32), fmt.code_dtype)
+
+
+def narrow(x: jax.Array, dtype: Any) -> jax.Array:
+    """float32 whole numbers as int8 or uint8, which hold them.
+
+    On GPUs by one addition, which leaves a number's low byte in the significand's: XLA's conversion takes seven
+    instructions, to saturate what does not fit.
+    """
+    if not on_gpu():
+        return x.astype(dtype)
+    return jax.lax.bitcast_convert_type(x + jnp.float32(1.5 * 2**23), jnp.int32).astype(dtype)
 
 
 def decode(codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
@@ -79,13 +91,8 @@ def decode(codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Ar
     return (steps if zero is None else steps - zero.astype(jnp.float32)) * scale
 
 
-def fake_quant(fmt: Int, x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-    """`decode(encode(x))`, differentiable."""
-    return _steps(fmt, x, scale, zero) * scale
-
-
-def _steps(fmt: Int, x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-    """`code - zero` as float32. Moving the clip's bounds by `zero` saves two operations on every element."""
+def steps(fmt: Int, x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+    """`code - zero` as float32, differentiable. Moving the clip's bounds saves two operations on every element."""
     offset = jnp.float32(0) if zero is None else zero.astype(jnp.float32)
     return _snap(x, scale, fmt.qmin - offset, fmt.qmax - offset)
 
@@ -93,7 +100,7 @@ def _steps(fmt: Int, x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> 
 @jax.custom_jvp
 def _snap(x: jax.Array, scale: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """`clip(rint(x / scale), low, high)` with straight-through rounding."""
-    steps = jnp.clip(jnp.rint(divide(x, scale)), low, high)
+    steps = jnp.clip(jnp.rint(ratio(x, scale)), low, high)
     return jnp.where(steps == 0, jnp.float32(0), steps)  # no negative zero: integer codes have none
 
 
@@ -102,8 +109,8 @@ def _snap_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     # By hand, because jnp.clip halves the gradient at its bounds, where all values that round to the last code are.
     x, scale, low, high = primals
     dx, dscale, dlow, dhigh = tangents
-    ratio = divide(x, scale)
-    steps = jnp.rint(ratio)
+    quotient = divide(x, scale)
+    steps = jnp.rint(quotient)
     clipped = jnp.where(steps < low, dlow, dhigh)
-    tangent = jnp.where((steps < low) | (steps > high), clipped, (dx - ratio * dscale) / scale)
+    tangent = jnp.where((steps < low) | (steps > high), clipped, (dx - quotient * dscale) / scale)
     return _snap(x, scale, low, high), tangent

@@ -27,8 +27,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq.contraction import dynamic_grid
-from jaxq.formats import Float, Format, Int, decode, divide, fake_quant
+from jaxq.formats import Float, Format, Int, decode, elements
 from jaxq.formats.floating import layout, power_of_two
+from jaxq.formats.integer import narrow
 from jaxq.qtensor import Granularity, Grid, Packed, QTensor, pytree, static
 
 Products = Literal["int8", "float", "decoded"]
@@ -106,8 +107,7 @@ def activation_integers(
     if grid is None:
         grid = dynamic_grid(lax.stop_gradient(x), fmt, granularity, axes)
     grid = grid.over(x.shape)
-    ratio, one = divide(x.astype(jnp.float32), grid.scale), jnp.ones((1,) * x.ndim)
-    values = fake_quant(fmt, ratio, one, grid.zero, grid.mantissa)
+    values = elements(fmt, x, grid.scale, grid.zero, grid.mantissa)
     if isinstance(fmt, Int):
         center = None if grid.zero is None else _middle(fmt) - grid.zero
         return Integers(values if center is None else values - center, grid.scale, center, largest_integer(fmt))
@@ -191,7 +191,7 @@ def _exact_dot(x: jax.Array, w: jax.Array, k_axis: int) -> jax.Array:
     rows = x.shape[0]
 
     def in_int8(x: jax.Array, w: jax.Array) -> jax.Array:
-        return _dot(x.astype(jnp.int8), w, jnp.int32, k_axis=k_axis).astype(jnp.float32)
+        return _dot(narrow(x, jnp.int8), w, jnp.int32, k_axis=k_axis).astype(jnp.float32)
 
     def padded(x: jax.Array, w: jax.Array) -> jax.Array:
         return in_int8(jnp.pad(x, ((0, ROWS_ON_CPU - rows), (0, 0))), w)[:rows]
