@@ -47,6 +47,7 @@ PATHS = {  # weights, activations, the type of the fastest matrix units that hol
     "w4a16": (Int(4), None, "bfloat16"),
     "w4a16_g128": (jaxq.per_group(UINT4, 128), None, "bfloat16"),
     "fp4a4": (E2M1, E2M1, "float8_e4m3fn"),
+    "fp4a16": (E2M1, None, "bfloat16"),
     "fp4a16_g128": (jaxq.per_group(E2M1, 128), None, "bfloat16"),
     "fp8a8": (E4M3, E4M3, "float8_e4m3fn"),
     "fp8a16": (E4M3, None, "bfloat16"),
