@@ -10,11 +10,13 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from jaxq.formats import Float, Int, encode, fake_quant
-from jaxq.formats.division import _divide_on_gpu, _ratio_on_gpu
+from jaxq.formats.division import _divide_on_gpu, ratio_on_gpu
+from tests.kernels.ahead import rows_of
+from tests.kernels.test_hopper_matmul import compiles
 
 COUNT = 1 << 18
 GPU = AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=AbstractDevice("NVIDIA H200", None, "gpu"))
-both = pytest.mark.parametrize("quotient", [_divide_on_gpu, _ratio_on_gpu])
+both = pytest.mark.parametrize("quotient", [_divide_on_gpu, ratio_on_gpu])
 
 
 def as_on_gpu(f, *args):
@@ -34,7 +36,7 @@ def test_quotients_of_few_bits_are_exact(quotient):
     assert np.array_equal(quotient(jnp.asarray(a), jnp.asarray(b)), steps)
 
 
-@pytest.mark.parametrize(("quotient", "wrong"), [(_divide_on_gpu, 1e-5), (_ratio_on_gpu, 1e-3)])
+@pytest.mark.parametrize(("quotient", "wrong"), [(_divide_on_gpu, 1e-5), (ratio_on_gpu, 1e-3)])
 def test_the_others_are_the_nearest_or_rarely_its_neighbour(quotient, wrong):
     draw = np.random.default_rng(1)
     a, b = np.ldexp(1 + draw.random((2, COUNT)), draw.integers(-40, 40, (2, COUNT))).astype(np.float32)
@@ -76,3 +78,15 @@ def test_codes_and_values_for_a_gpu_are_the_same(fmt):
     zero = () if fmt.symmetric else (jnp.full((1, 1), 3.0),)
     for f in (encode, fake_quant):
         assert np.array_equal(as_on_gpu(partial(f, fmt), x, scale, *zero), f(fmt, x, scale, *zero))
+
+
+@pytest.mark.slow
+@compiles
+def test_compiled_for_a_gpu_no_number_is_divided_and_no_operation_is_left_out():
+    rows = rows_of("gpu_quotients.py")
+    assert {row["scales"] for row in rows} == {"tensor", "token", "channel", "constant"}
+    for row in rows:
+        assert row["divisions"] == row["fused"] == 0, row
+        others = 2 * (row["format"] != "int8") + 1 if row["function"] == "fake_quant" else row["format"] != "int8"
+        assert row["products"] == 4 + others, row
+        assert 3 <= row["sums"] <= 5, row
