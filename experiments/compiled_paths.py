@@ -83,7 +83,9 @@ def compiled(tree: jaxq.Quantized, rows: int, device: jax.Device) -> jax.stages.
     kind = AbstractDevice(device.device_kind, None, "tpu" if platform == "tpu" else "gpu")
     with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=kind)):
         traced = jax.jit(jaxq.execute(linear)).trace(tree, x)
-        return traced.lower(lowering_platforms=(platform,)).compile()
+        return traced.lower(lowering_platforms=(platform,)).compile(
+            {"xla_gpu_autotune_level": 0} if kind.platform == "gpu" else None
+        )
 
 
 def moved(program: str) -> int:

@@ -52,6 +52,9 @@ FORMATS: dict[str, Int | Float] = {
 KERNELS = [*FORMATS, *(f"{name}_g128" for name in FORMATS)]
 
 
+UNTUNED = {"xla_gpu_autotune_level": 0}  # there is nothing to try programs out on
+
+
 def h200() -> jax.Device:
     """A described H200, to compile for.
 
@@ -68,7 +71,7 @@ def compiled(function: Any, rows: int, k: int, depth: int, n: int, groups: int) 
     given = [jax.ShapeDtypeStruct(*shape, sharding=on) for shape in shapes]
     device = AbstractDevice("NVIDIA H200", None, "gpu")
     with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Explicit,), abstract_device=device)):
-        return jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",)).compile()
+        return jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",)).compile(UNTUNED)
 
 
 def row(name: str, rows: int, k: int, n: int, dump: Path, plain: bool) -> dict:
@@ -100,7 +103,6 @@ def prepare(dump: Path) -> None:
     """Before JAX makes its first backend: no GPU is looked for, none is tried out, and Mosaic GPU leaves its files."""
     kinds = dict.fromkeys(("PTX", "PTXAS", "SASS", "SASS_CTRL"), "1")
     os.environ.update({f"MOSAIC_GPU_DUMP_{kind}": on for kind, on in kinds.items()} | {"MOSAIC_GPU_DUMP_TO": str(dump)})
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from there leaves no files
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from math import prod
 from typing import Any
 
 import jax
@@ -129,9 +128,9 @@ def _kernel(x: Any, w: Any, scale: Any, out: Any, *, fmt: Int | Float, rows: int
     def pipeline(body: Any, specs: Sequence[plgpu.BlockSpec], carry: jax.Array | None = None) -> Any:
         every = [_spec((DEPTH, COLUMNS), lambda t: (split * steps + t, j), w.dtype), *map(x_spec, range(codes)), *specs]
         operands = [w, *[x] * codes, *[scale] * len(specs)]
-        stages = SHARED // sum(prod(spec.block_shape) * a.dtype.itemsize for spec, a in zip(every, operands))
+        step_bytes = DEPTH * (COLUMNS + codes * rows * x.dtype.itemsize) + len(specs) * COLUMNS * scale.dtype.itemsize
         run = plgpu.emit_pipeline(
-            body, grid=(steps,), in_specs=every, max_concurrent_steps=min(stages, steps), init_carry=carry
+            body, grid=(steps,), in_specs=every, max_concurrent_steps=min(SHARED // step_bytes, steps), init_carry=carry
         )
         return run(*operands)
 
