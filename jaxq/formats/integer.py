@@ -78,11 +78,12 @@ def narrow(x: jax.Array, dtype: Any) -> jax.Array:
     """float32 whole numbers as int8 or uint8, which hold them.
 
     On GPUs by one addition, which leaves a number's low byte in the significand's: XLA's conversion takes seven
-    instructions, to saturate what does not fit.
+    instructions, to saturate what does not fit. So, now and then, does its conversion of integers: it is given none.
     """
     if not on_gpu():
         return x.astype(dtype)
-    return jax.lax.bitcast_convert_type(x + jnp.float32(1.5 * 2**23), jnp.int32).astype(dtype)
+    bits = jax.lax.bitcast_convert_type(x + jnp.float32(1.5 * 2**23), jnp.int32)
+    return (((bits << 24) >> 24) if jnp.issubdtype(dtype, jnp.signedinteger) else bits & 255).astype(dtype)
 
 
 def decode(codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:

@@ -14,7 +14,7 @@ from jaxq.kernels.plain import Integers, element_scale, largest_integer
 
 COLUMNS = 128  # of the weight, that a warpgroup multiplies at once
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
-MOST_ROWS = 128  # with more, decoding the weight and multiplying it with XLA's product is faster
+MOST_ROWS = {4: 128, 8: 16}  # by the bits of a weight: with more, XLA's products are faster
 EXACT = 2**24  # below it float32 holds all integers
 
 
@@ -31,7 +31,7 @@ def has_kernel(x: Integers, fmt: Format | None, columns: int, groups: int, sums:
     rows, k = x.values.shape
     if not isinstance(fmt, Int | Float) or fmt.bits not in (4, 8) or columns % COLUMNS or not fits(k, groups):
         return False
-    if rows > MOST_ROWS or (isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT):
+    if rows > MOST_ROWS[fmt.bits] or (isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT):
         return False
     if x.bound is None:
         return x.values.dtype == jnp.bfloat16

@@ -39,8 +39,7 @@ from jaxq.kernels.hopper_registers import DEPTH
 from jaxq.kernels.layout import BLOCK, HALF, fits
 
 SHARED = 52 << 10  # bytes of shared memory for the steps under way: four blocks have room in a multiprocessor
-RESIDENT = 4
-MULTIPROCESSORS = 132
+BLOCKS = 250  # of 132 multiprocessors
 NO_INDEX = (None,) if jax.__version_info__ < (0, 11) else ()  # of `plgpu.load`, which JAX 0.10 must be told
 
 
@@ -88,11 +87,12 @@ def hopper_matmul(
 
 
 def tiles(m: int, depth: int, n: int, groups: int) -> tuple[int, int]:
-    """How many rows of x a block multiplies, and into how many parts K is cut, for weights of `depth` bytes a column.
-    With scales of groups there are three sets of sums to hold in registers."""
+    """How many rows of x a block multiplies, and into how many parts K is cut, for weights of `depth` bytes a column:
+    as many as make two blocks for nearly each multiprocessor. With scales of groups there are three sets of sums to
+    hold in registers."""
     rows = min(-(-m // 8) * 8, 128 if groups == 1 else 32)
     blocks, steps = -(-m // rows) * (n // COLUMNS), depth // DEPTH
-    splits = max(1, min(RESIDENT * MULTIPROCESSORS // blocks, steps // 2, depth // (32 * rows)))
+    splits = max(1, min(-(-BLOCKS // blocks), steps // 2, depth // (8 * rows)))
     return rows, -(-steps // -(-steps // splits))
 
 

@@ -37,6 +37,9 @@ from jaxq.qtensor import Granularity, Grid, Packed, QTensor, pytree, static
 Products = Literal["int8", "float", "decoded"]
 
 ROWS_ON_CPU = 16
+# From so many on it pays on GPUs to give their libraries' products what they want: 8-bit weights transposed, others as
+# bfloat16. XLA's own take weights as they are, and are faster with fewer (H100, JAX 0.11.2).
+ROWS_FOR_LIBRARIES = 512
 # Formats whose codes are a machine's numbers, bit for bit: accelerators decode these in one instruction.
 MACHINE_FLOATS = {Float(4, 3, reserved=1): jnp.float8_e4m3fn, Float(5, 2, reserved=4): jnp.float8_e5m2}
 
@@ -196,6 +199,8 @@ def _int8_product(x: Integers, w: Integers, sums: jax.Array | None, k_axis: int)
 def _exact_dot(x: jax.Array, w: jax.Array, k_axis: int) -> jax.Array:
     """x [M, K] of float32, whole numbers that fit int8, times w of int8; differentiable by x."""
     rows = x.shape[0]
+    if k_axis == 0 and on_gpu() and rows >= ROWS_FOR_LIBRARIES:
+        w, k_axis = lax.optimization_barrier(w.T), 1
 
     def in_int8(x: jax.Array, w: jax.Array) -> jax.Array:
         return _dot(narrow(x, jnp.int8), w, jnp.int32, k_axis=k_axis).astype(jnp.float32)
@@ -216,7 +221,10 @@ def _float_product(x: Integers, w: Integers, precision: Any) -> jax.Array:
     """In the activation's own dtype; of integers, in bfloat16, which holds them, or on CPU in float32."""
     if x.bound is None:
         dtype = jnp.float32 if x.values.dtype == jnp.float16 else x.values.dtype  # float16 does not hold all of them
-        return _dot(x.centered.astype(dtype), w.centered.astype(dtype), precision=precision)
+        weights = w.centered.astype(dtype)
+        if on_gpu() and x.values.shape[0] >= ROWS_FOR_LIBRARIES:
+            weights = lax.optimization_barrier(weights)
+        return _dot(x.centered.astype(dtype), weights, precision=precision)
 
     def multiply(dtype: Any) -> Any:
         return lambda x, w: _dot(x.astype(dtype), w.astype(dtype))

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tests.kernels.ptx_memory import BUFFER, MAPS, Barrier, Block, Tiled, swizzled
+from tests.kernels.ptx_memory import BUFFER, MAPS, Barrier, Block, Rows, Tiled, swizzled
 
 LANES = 128  # threads of a warpgroup, worked on at once
 THREAD = np.arange(LANES)
@@ -27,7 +27,9 @@ COMPARED |= {"gt": np.greater, "ge": np.greater_equal}
 NOTHING = ("prefetch", "fence", "setmaxnreg", "wgmma.fence", "wgmma.commit", "wgmma.wait", "cp.async.bulk.commit")
 
 
-def run(ptx: str, grid: tuple[int, int, int], warpgroups: int, maps: list[Tiled], buffers: list[np.ndarray]) -> None:
+def run(
+    ptx: str, grid: tuple[int, int, int], warpgroups: int, maps: list[Tiled | Rows], buffers: list[np.ndarray]
+) -> None:
     """Runs a kernel of which the parameters are `buffers`, then `maps`; results are in the buffers afterwards."""
     program, labels = parsed(ptx)
     for z, y, x in np.ndindex(grid[::-1]):
@@ -143,7 +145,7 @@ class Warpgroup:
             pass
         elif name.startswith("wgmma.mma_async"):
             self.multiply(name, ops)
-        elif name.startswith(("cp.async.bulk.tensor.3d.shared", "cp.async.bulk.tensor.4d.shared")):
+        elif re.match(r"cp\.async\.bulk\.tensor\.[234]d\.shared", name):
             self.copy(ops, active)
         elif name.startswith("mbarrier"):
             self.barrier(name, ops, active)
@@ -189,6 +191,9 @@ class Warpgroup:
             low, high, by = (self.get(op, np.uint32).astype(np.uint64) for op in ops[1:])
             both = high << np.uint64(32) | low
             return (both >> by if parts[1] == "r" else both << by >> np.uint64(32)).astype(np.uint32)
+        if parts[0] == "mad":
+            a, b, c = (self.get(op, kind) for op in ops[1:])
+            return a * b + c
         if parts[0] == "not":
             return ~self.get(ops[1], kind)
         return BINARY[parts[0]](self.get(ops[1], kind), self.get(ops[2], kind))
@@ -212,16 +217,16 @@ class Warpgroup:
         barriers[self.address(ops[1])].move(each * int(active.sum()))
 
     def copy(self, ops: list[str], active: np.ndarray) -> None:
-        """A box into shared memory, in rows of 128 bytes whose eight parts of 16 are swizzled by the row."""
+        """A box into shared memory; of tiles in rows of 128 bytes, whose eight parts of 16 are swizzled by the row."""
         if not active.any():
             return
         assert active.sum() == 1
         (thread,) = np.flatnonzero(active)
         to, tensor, *at, barrier = (int(self.get(op, np.uint64)[thread]) for op in ops)
-        assert at[:2] == [0, 0], "whole tiles"
-        box = self.block.maps[(tensor - MAPS) // 128].copy(at[:1:-1])
-        at = swizzled(to + np.arange(box.size))
-        self.block.shared[at] = box.ravel()
+        shown = self.block.maps[(tensor - MAPS) // 128]
+        box = shown.copy(at[::-1])
+        where = to + np.arange(box.size)
+        self.block.shared[swizzled(where) if isinstance(shown, Tiled) else where] = box.ravel()
         self.block.barriers[barrier].move(expected=-box.size)
 
     def move(self, parts: list[str], ops: list[str], active: np.ndarray) -> None:

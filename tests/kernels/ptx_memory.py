@@ -24,11 +24,28 @@ class Tiled:
         is out of bounds is 0."""
         height, width = self.matrix.shape[0] // 8, self.matrix.view(np.uint8).shape[1] // 128
         tiles = self.matrix.view(np.uint8).reshape(height, 8, width, 128).swapaxes(1, 2)
-        left = list(at)
+        *left, row, column = at
+        assert (row, column) == (0, 0), "whole tiles"
         row, column = (left.pop(0) if n > 1 else 0 for n in (height, width))
         found = tiles[row : row + self.box[0], column : column + self.box[1]]
         assert not left and found.shape[0] in (0, self.box[0]) and found.shape[1] in (0, self.box[1]), f"half out: {at}"
         return found if found.size else np.zeros((*self.box, 8, 128), np.uint8)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix in device memory as a tensor map shows it, `length` numbers of a row a copy."""
+
+    matrix: np.ndarray
+    length: int
+
+    def copy(self, at: list[int]) -> np.ndarray:
+        """The bytes of the numbers at a row and column. What is out of bounds is 0."""
+        row, column = at
+        found = self.matrix[row : row + 1, column : column + self.length]
+        return np.ascontiguousarray(found if found.size else np.zeros((1, self.length), self.matrix.dtype)).view(
+            np.uint8
+        )
 
 
 @dataclass
@@ -50,7 +67,7 @@ class Barrier:
 class Block:
     """What the warpgroups of a block share."""
 
-    maps: list[Tiled]
+    maps: list[Tiled | Rows]
     buffers: list[np.ndarray]
     shared: np.ndarray = field(default_factory=lambda: np.zeros(232448, np.uint8))
     barriers: dict[int, Barrier] = field(default_factory=dict)

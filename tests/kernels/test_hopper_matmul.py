@@ -34,7 +34,10 @@ compiles = pytest.mark.skipif(bool(MISSING), reason=f"no GPU compiler ({MISSING}
 
 def check(row: dict) -> None:
     assert row["spilled"] == 0 and not row["serialized"], row
-    assert row["wgmma"] == row["hgmma"] == 16, "8 of 16 channels for each of two tiles of 64 columns"
+    float8 = row["kernel"].startswith("e4m3")
+    assert row["wgmma"] == row["hgmma"] == (8 if float8 else 16), (
+        "4 of 16 channels for each of 64 columns and half byte"
+    )
     assert row["alu"] < 5, row
     (tile, splits), rows = row["tile"], row["rows"]
     padded = -(-rows // tile) * tile
@@ -80,8 +83,8 @@ def test_tiles_fill_the_machine_and_their_sums_are_small():
         rows, splits = hopper.tiles(m, depth, n, groups)
         blocks = -(-m // rows) * n // 128
         assert rows % 8 == 0 and 1 <= splits <= depth // 64
-        assert splits == 1 or blocks * splits <= 132 * hopper.RESIDENT
-        assert splits == 1 or 8 * splits * rows <= depth // 4, "bytes of sums, written and read, to bytes of weights"
+        assert splits == 1 or blocks * (splits - 1) < hopper.BLOCKS
+        assert splits == 1 or 8 * splits * rows <= depth, "bytes of sums, written and read, to bytes of weights"
 
 
 def test_misfits_name_what_was_found():
@@ -116,10 +119,12 @@ def test_the_compiled_kernel_run_in_numpy_is_exact(name, m, k, n, tmp_path):
     x, codes, packed, scale = drawn(-(-m // rows) * rows, k, n, groups)
     unit = 1.0 if isinstance(fmt, Int) else 2.0 ** (fmt.bias - 1)  # which the kernel's caller takes off the scales
     out = np.full((splits, len(x), n), np.nan, np.float32)
-    maps = [ptx.Tiled(packed, (8, 1)), ptx.Tiled(x, (rows // 8, 1))]
+    factors = (scale / unit).astype(np.float32)
+    maps: list = [ptx.Tiled(packed, (8, 1)), ptx.Tiled(x, (rows // 8, 1))]
+    maps, buffers = (maps, [factors, out]) if groups == 1 else ([*maps, ptx.Rows(factors, 128)], [out])
     grid = splits, n // 128, len(x) // rows
     (text,) = (file.read_text() for file in tmp_path.glob("*.ptx"))
-    ptx.run(text, grid, 1, maps, [(scale / unit).astype(np.float32), out])
+    ptx.run(text, grid, 1, maps, buffers)
     assert np.array_equal(out.sum(0), exact(fmt, x, codes, scale))
 
 
@@ -127,7 +132,7 @@ def test_the_compiled_kernel_run_in_numpy_is_exact(name, m, k, n, tmp_path):
 @pytest.mark.slow
 def test_all_kernels_compile():
     rows = rows_of("gpu_compiled.py", "--rows", "1", "16", "256", "4096")
-    assert len(rows) == 40
+    assert len(rows) == 4 * 14
     for row in rows:
         check(row)
 
