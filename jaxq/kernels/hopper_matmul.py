@@ -1,22 +1,20 @@
-"""Products of bfloat16 activations with packed 4-bit weights on Hopper GPUs (H100, H200), as a Mosaic GPU kernel.
+"""Products of bfloat16 activations with packed weights on Hopper GPUs (H100, H200), as a Mosaic GPU kernel.
 
     y[m, n] = sum_g scale[g, n] * sum_{k in g} x[m, k] c[k, n]
 
-with c what the weight's codes stand for (an asymmetric integer's: the code less 8), and groups g of 128 channels, or
-more, or all.
+with c what the weight's codes stand for (an asymmetric 4-bit integer's: the code less 8), and groups g of 128 channels,
+or more, or all.
 
-**It has never run on a GPU.** It is compiled ahead of time for the H200 (`experiments/gpu_compiled.py`), and what the
-compiler made of it, its PTX, is run in numpy, instruction by instruction, and gives the product exactly
-(`tests/kernels/ptx.py`). Timing and the order of what is asynchronous are not checked by that. So nothing uses it
-unless it is asked for, by `execute(forward, "experimental")`.
+The weight is the left operand of the tensor cores, transposed: codes come from device memory through shared memory to
+registers, where they are expanded and multiplied; nothing of the size of the weight is written anywhere, and few tokens
+pad to 8, not to 64. A block is one warpgroup, which multiplies 128 columns and copies some steps ahead; several share a
+multiprocessor, so that one expands while another waits. Where tokens are few, K is split over several blocks, whose
+float32 sums are added afterwards. The tensor cores add bfloat16 products exactly: sums of integers below 2**24 are
+exact, which was seen on an H100 (`experiments/RESULTS.md` has the times). Without a GPU the kernel is compiled
+(`experiments/gpu_compiled.py`) and its PTX run in numpy, instruction by instruction (`tests/kernels/ptx.py`).
 
-The weight is the left operand of the tensor cores, transposed: 4-bit codes come from device memory through shared
-memory to registers, where they are expanded and multiplied; nothing of the size of the weight is written anywhere, and
-few tokens pad to 8, not to 64. One warpgroup copies, some steps ahead; one or two multiply, 128 columns each. Where
-tokens are few, K is split over several blocks, whose float32 sums are added afterwards.
-
-8-bit weights have no kernel here: XLA multiplies int8 with int8 on its tensor cores as they are stored, and Mosaic GPU
-takes 8-bit operands from shared memory only where K is contiguous, which in `jaxq.kernels.layout` N is.
+Four multiplying warpgroups in one block, with a fifth that copies, hang: their registers do not fit those that the
+block starts with, which `setmaxnreg` waits for.
 """
 
 from __future__ import annotations
