@@ -44,15 +44,7 @@ ACTIVATIONS = {"per tensor": per_tensor, "per token": per_token}
 METHODS = {"round to nearest": nothing(), "SmoothQuant": smooth_quant(), "OS+": os_plus()}
 # Shorter than the default, as this is a demo: one turn and few clip values.
 SEARCH = FloatSearch(rounds=1, clips=log_clips(count=16), method=exhaustive())
-FLOATS = {
-    6: {"MinMax": quantize(AnyFloat(6).usual, AnyFloat(6).usual), "LLM-FP4": llm_fp4(6, 6, search=SEARCH)},
-    4: {
-        "MinMax": quantize(AnyFloat(4).usual, AnyFloat(4).usual),
-        "FPQ baseline": fpq_baseline(4, 4, search=SEARCH),
-        "LLM-FP4": llm_fp4(4, 4, search=SEARCH),
-        "OS+ shift, LLM-FP4": chain(channel_shift(), llm_fp4(4, 4, search=SEARCH)),
-    },
-}
+PAPER = ((8, 8), (6, 6), (4, 8), (4, 4))  # LLM-FP4's bits of weights and activations
 CALIBRATION_WINDOWS, BATCH = 16, 4
 
 
@@ -72,12 +64,24 @@ def settings() -> list[Setting]:
         for name, activations in ACTIVATIONS.items()
         for method, step in METHODS.items()
     ]
-    floats = [
-        Setting(f"W{bits}A{bits} float", method, step)
-        for bits, methods in FLOATS.items()
-        for method, step in methods.items()
-    ]
+    floats = [Setting(f"W{w}A{a} float", *method) for w, a in PAPER for method in paper_methods(w, a).items()]
     return integers + floats
+
+
+def paper_methods(weights: int, activations: int) -> dict[str, Step]:
+    """LLM-FP4 and what its paper compares it with, on one static grid for each activation tensor. MinMax integers of
+    as many bits for both are round to nearest per tensor."""
+    methods = {
+        "MinMax FP": quantize(AnyFloat(weights).usual, AnyFloat(activations).usual),
+        "FPQ baseline": fpq_baseline(weights, activations, search=SEARCH),
+        "LLM-FP4": llm_fp4(weights, activations, search=SEARCH),
+    }
+    if weights != activations:
+        numbers = (Int(bits, symmetric=False) for bits in (weights, activations))
+        return {"MinMax INT": quantize(*numbers)} | methods
+    if weights == 4:
+        methods["OS+ shift, LLM-FP4"] = chain(channel_shift(), methods["LLM-FP4"])
+    return methods
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ def _worst(ranges: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
 
 def _table(results: list[Result], tokens: int) -> Table:
     title = f"perplexity of {MODEL} on {tokens} held-out tokens (times include compilation)"
-    caption = "float: activations per tensor, and a coarser search than the default one" if FLOATS else None
+    caption = "float: activations per tensor, and a coarser search than the default one"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("numbers", "method"):
         table.add_column(column, no_wrap=True)

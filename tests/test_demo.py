@@ -24,12 +24,13 @@ def test_the_table_and_the_plots(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "BITS", (8,))
     monkeypatch.setattr(demo, "ACTIVATIONS", {"per tensor": demo.per_tensor})
     monkeypatch.setattr(demo, "METHODS", {"round to nearest": nothing(), "OS+": os_plus()})
-    monkeypatch.setattr(demo, "FLOATS", {4: {"MinMax": quantize(Float(2, 1), Float(2, 1))}})
+    monkeypatch.setattr(demo, "PAPER", ((4, 8),))
+    monkeypatch.setattr(demo, "paper_methods", lambda *_: {"MinMax FP": quantize(Float(2, 1), Float(4, 3))})
     shown = run_small(monkeypatch, tmp_path / "plots")
     words = " ".join(shown.split())
     for text in ("full precision", "W8A8 per tensor", "round to nearest", "OS+", "times the median channel"):
         assert text in words
-    assert "W4A4 float" in words and "MinMax" in words
+    assert "W4A8 float" in words and "MinMax FP" in words
     for name in ("ranges.png", "search.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
 
@@ -37,10 +38,18 @@ def test_the_table_and_the_plots(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_the_whole_demo(monkeypatch, tmp_path):
     shown = run_small(monkeypatch, tmp_path)
-    rows = [line for line in shown.splitlines() if "W4A4" in line or "W6A6" in line or "W8A8" in line]
-    assert len(rows) == 18 + 6 and "…" not in shown, "the table fits into 80 columns"
+    rows = [line for line in shown.splitlines() if any(name in line for name in ("W4A4", "W4A8", "W6A6", "W8A8"))]
+    assert len(rows) == 18 + 14 and "…" not in shown, "the table fits into 80 columns"
     found = {(line.split("│")[1].strip(), line.split("│")[2].strip()): float(line.split("│")[3]) for line in rows}
-    assert found["W4A4 float", "LLM-FP4"] < found["W4A4 float", "MinMax"] < found["W4A4 per tensor", "round to nearest"]
+    assert (
+        found["W4A4 float", "LLM-FP4"] < found["W4A4 float", "MinMax FP"] < found["W4A4 per tensor", "round to nearest"]
+    )
+
+
+def test_the_settings_of_the_papers():
+    found = [(setting.name, setting.method) for setting in demo.settings()]
+    assert len(found) == len(set(found)) == 18 + 14
+    assert ("W4A8 float", "MinMax INT") in found and ("W4A4 float", "OS+ shift, LLM-FP4") in found
 
 
 def test_outlier_ratio():
