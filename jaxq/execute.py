@@ -60,6 +60,7 @@ def execute(forward: Callable, products: Products = "int8") -> Callable:
         accumulation. "int8": by kernels where the device has them (`jaxq.kernels.tpu`, `jaxq.kernels.gpu`),
         in 8-bit products where the numbers fit, else as "float".
         Integers hold no NaN: with a static grid one in an activation counts as 0, where unpacked weights give NaN.
+        "xla": as "int8", but without kernels: for programs that other devices than this one run.
         "float": products in float32, on accelerators in bfloat16.
         "decoded": packed weights are only decoded, and activations fake-quantized, as without `pack`.
 

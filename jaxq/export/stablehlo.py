@@ -18,7 +18,7 @@ PLATFORMS = ("cpu", "tpu", "cuda")
 def stablehlo(
     forward: Callable, quantized: Quantized, *inputs: Any, platforms: Sequence[str] = PLATFORMS
 ) -> tuple[bytes, dict[str, jax.Array]]:
-    """`execute(forward)` lowered to StableHLO, and what it reads:
+    """`execute(forward, "xla")` lowered to StableHLO, and what it reads:
 
         data, arrays = stablehlo(forward, quantized, tokens)
         jax.export.deserialize(data).call(arrays, tokens)
@@ -44,7 +44,7 @@ def stablehlo(
     parameters = {jax.tree_util.keystr(keys): leaf for keys, leaf in found}
 
     def run(arrays: dict[str, jax.Array], *inputs: Any) -> Any:
-        return execute(forward)(jax.tree.unflatten(structure, [arrays[name] for name in parameters]), *inputs)
+        return execute(forward, "xla")(jax.tree.unflatten(structure, [arrays[name] for name in parameters]), *inputs)
 
     exported = jax.export.export(jax.jit(run), platforms=tuple(platforms))(parameters, *inputs)
     return bytes(exported.serialize()), parameters

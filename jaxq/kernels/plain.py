@@ -34,7 +34,7 @@ from jaxq.formats.floating import layout, power_of_two
 from jaxq.formats.integer import narrow
 from jaxq.qtensor import Granularity, Grid, Packed, QTensor, pytree, static
 
-Products = Literal["int8", "float", "decoded"]
+Products = Literal["int8", "xla", "float", "decoded"]
 
 ROWS_ON_CPU = 16
 # From so many on it pays on GPUs to give their libraries' products what they want: 8-bit weights transposed, others as
