@@ -160,7 +160,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tokenizer(directory: Path) -> Any:
-    """The directory's transformers tokenizer; None without one, ValueError if its files are damaged."""
+    """What acts as the directory's transformers tokenizer; None without one, ValueError if its files are damaged."""
     if not any((directory / file).exists() for file in TOKENIZER_FILES):
         return None
     settings = directory / "tokenizer_config.json"
