@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -14,5 +13,8 @@ class NotFinite(ValueError):
 
 
 def on_device(params: Any) -> Any:
-    """Parameters that may be memory-mapped files as arrays of JAX, so that they are not copied at every call."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
+    """Parameters that may be memory-mapped files as arrays of JAX, so that they are not copied at every call.
+
+    Put and not converted: `jnp.asarray` compiles a program for each shape.
+    """
+    return jax.tree.map(lambda leaf: jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf, params)

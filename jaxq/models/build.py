@@ -55,8 +55,9 @@ class Model:
     ``step(params, tokens, caches, position)`` is the same function for a text read piece by piece, see
     ``decoder.Decoder.step``; ``kept`` are the heads and channels of what each layer's cache holds, none in an encoder.
     ``params`` is a nested dict with Flax's layout (``layers/0/attn/q/kernel``; kernels ``[in, out]``). ``config`` is
-    the content of ``config.json``, ``tokenizer`` a transformers tokenizer, ``preprocessor`` the content of
-    ``preprocessor_config.json``, or None where there is none.
+    the content of ``config.json``, ``tokenizer`` a transformers tokenizer or what acts as one
+    (``tokenizer.TextTokenizer``), ``preprocessor`` the content of ``preprocessor_config.json``, or None where there is
+    none.
     """
 
     name: str

@@ -17,12 +17,11 @@ import numpy as np
 from jaxq.models.build import FAMILIES, Model, Params, build, flat
 from jaxq.models.checkpoint import CODES, file_of, read_tensors, release, write_tensors
 from jaxq.models.family import Family
+from jaxq.models.tokenizer import open_tokenizer
 
 EMBEDDED = Path(__file__).parent / "embedded"
 DOWNLOADED = ["model*.safetensors", "model.safetensors.index.json", "*.json", "tokenizer*", "merges.txt", "vocab.txt"]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-# Classes of tokenizers that are all in tokenizer.json.
-PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 HALF = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 PREPROCESSOR = "preprocessor_config.json"
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -161,16 +160,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tokenizer(directory: Path) -> Any:
-    """The directory's transformers tokenizer; None without one, ValueError if its files are damaged."""
+    """What acts as the directory's transformers tokenizer; None without one, ValueError if its files are damaged."""
     if not any((directory / file).exists() for file in TOKENIZER_FILES):
         return None
     settings = directory / "tokenizer_config.json"
-    if settings.exists() and _read_json(settings).get("tokenizer_class") in PLAIN_TOKENIZERS:
-        from transformers import PreTrainedTokenizerFast as Tokenizer
-    else:
-        from transformers import AutoTokenizer as Tokenizer  # imports PyTorch, where that is installed: seconds
+    found = _read_json(settings) if settings.exists() else {}
     try:
-        return Tokenizer.from_pretrained(directory, local_files_only=True)
+        return open_tokenizer(directory, found)
     except Exception as error:  # transformers and tokenizers raise many kinds for damaged files
         why = " ".join(str(error).split())
         raise ValueError(
