@@ -202,7 +202,7 @@ def test_the_numbers_that_are_multiplied(quantized):
     for platform in ("cpu", "tpu"):
         assert [t[-3:] for t in types("int8", platform)] == ["i32", "i32"]
     assert all(t.endswith("f32") for t in types("float", "tpu"))
-    with pytest.raises(ValueError, match="products is 'int4'; possible are int8, float"):
+    with pytest.raises(ValueError, match="products is 'int4'; possible are int8, xla, float"):
         jaxq.execute(mlp, "int4")  # pyright: ignore
 
 
