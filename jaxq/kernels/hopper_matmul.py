@@ -36,7 +36,7 @@ from jaxq.kernels.gpu import COLUMNS
 from jaxq.kernels.hopper_registers import DEPTH
 from jaxq.kernels.layout import BLOCK, HALF, fits
 
-SHARED = 52 << 10  # bytes of shared memory for the steps under way: four blocks have room in a multiprocessor
+SHARED = 208 << 10  # bytes of shared memory of a multiprocessor, for the steps under way of its blocks
 BLOCKS = 250  # of 132 multiprocessors
 NO_INDEX = (None,) if jax.__version_info__ < (0, 11) else ()  # of `plgpu.load`, which JAX 0.10 must be told
 
@@ -127,9 +127,11 @@ def _kernel(x: Any, w: Any, scale: Any, out: Any, *, fmt: Int | Float, rows: int
         every = [_spec((DEPTH, COLUMNS), lambda t: (split * steps + t, j), w.dtype), *map(x_spec, range(codes)), *specs]
         operands = [w, *[x] * codes, *[scale] * len(specs)]
         step_bytes = DEPTH * (COLUMNS + codes * rows * x.dtype.itemsize) + len(specs) * COLUMNS * scale.dtype.itemsize
-        run = plgpu.emit_pipeline(
-            body, grid=(steps,), in_specs=every, max_concurrent_steps=min(SHARED // step_bytes, steps), init_carry=carry
-        )
+        resident = (
+            4 if rows <= 32 else 2
+        )  # blocks of a multiprocessor, which the registers of their sums leave room for
+        stages = min(SHARED // resident // step_bytes, steps)
+        run = plgpu.emit_pipeline(body, grid=(steps,), in_specs=every, max_concurrent_steps=stages, init_carry=carry)
         return run(*operands)
 
     def channelwise(sums: Any) -> None:
