@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxq.devices import on_gpu
 
 # The sign, the exponent and half of the significand (12 of 24 bits): products of two such halves are exact.
 UPPER = 0xFFFFF000
 
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a / b`, correctly rounded in every context (on GPUs: see `quotient_on_gpu`); equal ranks.
+    """`a / b`, correctly rounded in every context (on GPUs: see `_divide_on_gpu`); equal ranks.
 
     XLA turns a division by a broadcast or constant into a multiplication by the reciprocal, and `(a / b) / c` into
     `a / (b * c)`, depending on what it is compiled with. That moves values across rounding ties, so that the codes of
@@ -31,19 +32,12 @@ def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
     As `divide`, but on GPUs faster: of quotients that float32 does not hold, one in some thousands is a neighbour of
     the nearest number. Ties between codes are exact, so that their codes are the same.
     """
-    return ratio_on_gpu(a, b) if on_gpu() else divide(a, b)
+    return _ratio_on_gpu(a, b) if on_gpu() else divide(a, b)
 
 
-def on_gpu() -> bool:
-    """Whether the program is traced for a GPU: for the device of the mesh in scope, else the default one."""
-    config: Any = jax.config
-    device: Any = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or config.jax_default_device
-    platform = getattr(device, "platform", device) or jax.default_backend()
-    return platform in ("gpu", "cuda", "rocm")
-
-
+@jax.custom_jvp
 @partial(jax.jit, inline=True)
-def quotient_on_gpu(a: jax.Array, b: jax.Array) -> jax.Array:
+def _divide_on_gpu(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a / b` for GPUs, where XLA's own division is slow and yet up to two units in the last place from the nearest.
 
     A quotient by the reciprocal, which has the shape of `b`, so that there is no division for each number; and what
@@ -65,9 +59,6 @@ def quotient_on_gpu(a: jax.Array, b: jax.Array) -> jax.Array:
     return _corrected(quotient, quotient, excess, reciprocal).astype(dtype)
 
 
-_divide_on_gpu = jax.custom_jvp(quotient_on_gpu)
-
-
 @_divide_on_gpu.defjvp
 def _divide_on_gpu_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     (a, b), (da, db) = primals, tangents
@@ -76,7 +67,7 @@ def _divide_on_gpu_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.
 
 
 @partial(jax.jit, inline=True)
-def ratio_on_gpu(a: jax.Array, b: jax.Array) -> jax.Array:
+def _ratio_on_gpu(a: jax.Array, b: jax.Array) -> jax.Array:
     """The excess not of the whole quotient but of its upper half, which takes the lower half's place: that one then has
     the errors of two roundings, some 2**-11 units of the quotient's last place."""
     reciprocal = 1 / b

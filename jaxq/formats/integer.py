@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.formats.division import divide, on_gpu, ratio
+from jaxq.devices import on_gpu
+from jaxq.formats.division import divide, ratio
 
 # The smallest scale: machine epsilon of float32, as in the reference. It keeps x / scale finite for any usual x.
 SMALLEST_SCALE = float(np.finfo(np.float32).eps)

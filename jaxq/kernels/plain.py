@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq.contraction import dynamic_grid
+from jaxq.devices import on_gpu
 from jaxq.formats import Float, Format, Int, decode, elements
-from jaxq.formats.division import on_gpu
 from jaxq.formats.floating import layout, power_of_two
 from jaxq.formats.integer import narrow
 from jaxq.qtensor import Granularity, Grid, Packed, QTensor, pytree, static
@@ -37,8 +37,9 @@ from jaxq.qtensor import Granularity, Grid, Packed, QTensor, pytree, static
 Products = Literal["int8", "xla", "float", "decoded"]
 
 ROWS_ON_CPU = 16
-# From so many on it pays on GPUs to give their libraries' products what they want: 8-bit weights transposed, others as
-# bfloat16. XLA's own take weights as they are, and are faster with fewer (H100, JAX 0.11.2).
+# From so many on GPUs' libraries are given what they multiply: 8-bit weights transposed, others as bfloat16. XLA's own
+# products, which take weights as they are, took 1.4 to 2.1 times bfloat16's time for 2048 rows (H100, JAX 0.11.2); this
+# number is an estimate from that and from what the passes over the weights should take.
 ROWS_FOR_LIBRARIES = 512
 # Formats whose codes are a machine's numbers, bit for bit: accelerators decode these in one instruction.
 MACHINE_FLOATS = {Float(4, 3, reserved=1): jnp.float8_e4m3fn, Float(5, 2, reserved=4): jnp.float8_e5m2}

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxq.devices import device_kind
 from jaxq.formats import Float, Format, Int
 from jaxq.kernels.carrier import Carrier, float_carrier, int8_carrier
-from jaxq.kernels.devices import device_kind
 from jaxq.kernels.layout import HALF, fits
 from jaxq.kernels.packed_matmul import SMALLEST_GROUP, Operands, packed_matmul
 from jaxq.kernels.plain import Integers, element_scale

@@ -10,13 +10,13 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from jaxq.formats import Float, Int, encode, fake_quant
-from jaxq.formats.division import _divide_on_gpu, ratio_on_gpu
+from jaxq.formats.division import _divide_on_gpu, _ratio_on_gpu
 from tests.kernels.ahead import rows_of
 from tests.kernels.test_hopper_matmul import compiles
 
 COUNT = 1 << 18
 GPU = AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=AbstractDevice("NVIDIA H200", None, "gpu"))
-both = pytest.mark.parametrize("quotient", [_divide_on_gpu, ratio_on_gpu])
+both = pytest.mark.parametrize("quotient", [_divide_on_gpu, _ratio_on_gpu])
 
 
 def as_on_gpu(f, *args):
@@ -36,7 +36,7 @@ def test_quotients_of_few_bits_are_exact(quotient):
     assert np.array_equal(quotient(jnp.asarray(a), jnp.asarray(b)), steps)
 
 
-@pytest.mark.parametrize(("quotient", "wrong"), [(_divide_on_gpu, 1e-5), (ratio_on_gpu, 1e-3)])
+@pytest.mark.parametrize(("quotient", "wrong"), [(_divide_on_gpu, 1e-5), (_ratio_on_gpu, 1e-3)])
 def test_the_others_are_the_nearest_or_rarely_its_neighbour(quotient, wrong):
     draw = np.random.default_rng(1)
     a, b = np.ldexp(1 + draw.random((2, COUNT)), draw.integers(-40, 40, (2, COUNT))).astype(np.float32)
