@@ -19,7 +19,7 @@ def multiplied(x: jax.Array, w: jax.Array) -> jax.Array:
 def in_int8(rows: int) -> bool:
     """Whether a GPU's program multiplies integers."""
     with jax.sharding.use_abstract_mesh(GPU):
-        text = str(jax.make_jaxpr(lambda *args: multiplied(*args))(jnp.zeros((rows, 64)), W)  # traced anew)
+        text = str(jax.make_jaxpr(lambda *args: multiplied(*args))(jnp.zeros((rows, 64)), W))  # traced anew
     assert "dot_general" in text
     return "preferred_element_type=int32" in text
 
