@@ -19,6 +19,11 @@ def on_gpu() -> bool:
     return traced_for().platform in ("gpu", "cuda", "rocm")
 
 
+def on_accelerator() -> bool:
+    """Whether it is a GPU or a TPU."""
+    return traced_for().platform != "cpu"
+
+
 def device_kind(*operands: jax.Array) -> str | None:
     """Its kind, if a kernel can have these operands there.
 

@@ -7,38 +7,39 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxq.devices import on_gpu
+from jaxq.devices import on_accelerator
 
 # The sign, the exponent and half of the significand (12 of 24 bits): products of two such halves are exact.
 UPPER = 0xFFFFF000
 
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a / b`, correctly rounded in every context (on GPUs: see `_divide_on_gpu`); equal ranks.
+    """`a / b`, correctly rounded in every context (on GPUs and TPUs: see `_divide_by_reciprocal`); equal ranks.
 
     XLA turns a division by a broadcast or constant into a multiplication by the reciprocal, and `(a / b) / c` into
     `a / (b * c)`, depending on what it is compiled with. That moves values across rounding ties, so that the codes of
     the same `x` would differ between eager and jit, or between a scale and its repetition. Operands that are selected
     elementwise are left alone.
     """
-    if on_gpu():
-        return _divide_on_gpu(a, b)
+    if on_accelerator():
+        return _divide_by_reciprocal(a, b)
     return jnp.where(b == b, a, b) / jnp.where(a == a, b, jnp.ones_like(b))
 
 
 def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a / b` of float32 numbers, to be rounded to codes; equal ranks; not differentiable on GPUs.
+    """`a / b` of float32 numbers, to be rounded to codes; equal ranks; not differentiable on GPUs and TPUs.
 
-    As `divide`, but on GPUs faster: of quotients that float32 does not hold, one in some thousands is a neighbour of
+    As `divide`, but there faster: of quotients that float32 does not hold, one in some thousands is a neighbour of
     the nearest number. Ties between codes are exact, so that their codes are the same.
     """
-    return _ratio_on_gpu(a, b) if on_gpu() else divide(a, b)
+    return _ratio_by_reciprocal(a, b) if on_accelerator() else divide(a, b)
 
 
 @jax.custom_jvp
 @partial(jax.jit, inline=True)
-def _divide_on_gpu(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a / b` for GPUs, where XLA's own division is slow and yet up to two units in the last place from the nearest.
+def _divide_by_reciprocal(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a / b` for GPUs and TPUs, where XLA's own division is not exact: on GPUs it is slow and yet up to two units in
+    the last place from the nearest number, on TPUs it is a product with an estimate of the reciprocal.
 
     A quotient by the reciprocal, which has the shape of `b`, so that there is no division for each number; and what
     that quotient times `b` exceeds `a` by, exactly, divided likewise and taken off. XLA makes no fused multiply-add, so
@@ -59,15 +60,15 @@ def _divide_on_gpu(a: jax.Array, b: jax.Array) -> jax.Array:
     return _corrected(quotient, quotient, excess, reciprocal).astype(dtype)
 
 
-@_divide_on_gpu.defjvp
-def _divide_on_gpu_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+@_divide_by_reciprocal.defjvp
+def _divide_by_reciprocal_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     (a, b), (da, db) = primals, tangents
-    quotient = _divide_on_gpu(a, b)
+    quotient = _divide_by_reciprocal(a, b)
     return quotient, (da - quotient * db) / b
 
 
 @partial(jax.jit, inline=True)
-def _ratio_on_gpu(a: jax.Array, b: jax.Array) -> jax.Array:
+def _ratio_by_reciprocal(a: jax.Array, b: jax.Array) -> jax.Array:
     """The excess not of the whole quotient but of its upper half, which takes the lower half's place: that one then has
     the errors of two roundings, some 2**-11 units of the quotient's last place."""
     reciprocal = 1 / b

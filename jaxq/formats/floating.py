@@ -174,9 +174,18 @@ def _steps(y: jax.Array, m: Number, lowest: Number, largest: Number) -> tuple[ja
 
 @jax.custom_jvp
 def _snap(x: jax.Array, scale: jax.Array, m: Number, lowest: Number, largest: Number) -> jax.Array:
-    """The element nearest to `x / scale`, with straight-through rounding."""
-    steps, exponent = _steps(ratio(x, scale), m, lowest, largest)
-    return steps * power_of_two(exponent - m)
+    """The element nearest to `x / scale`, with straight-through rounding.
+
+    Rounded by two additions, with 1.5 times the power of two from which on float32 numbers are as far apart as elements
+    are there; zeros keep their sign.
+    """
+    y = jnp.clip(ratio(x, scale), -largest, largest)
+    bits = jax.lax.bitcast_convert_type(y, jnp.int32)
+    binade = jnp.maximum(bits & 0x7F800000, jnp.left_shift(jnp.asarray(lowest + 127, jnp.int32), 23))
+    coarse = binade + jnp.left_shift(jnp.asarray(23 - m, jnp.int32), 23) | 0x400000
+    ruler = jax.lax.bitcast_convert_type(coarse, jnp.float32)
+    element = jax.lax.bitcast_convert_type((y + ruler) - ruler, jnp.int32)
+    return jax.lax.bitcast_convert_type(element | bits & jnp.int32(-(2**31)), jnp.float32)
 
 
 @_snap.defjvp

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.devices import on_gpu
+from jaxq.devices import on_accelerator
 from jaxq.formats.division import divide, ratio
 
+# Where float32 numbers are 1 apart: a sum with it is rounded to a whole number, half to even, the low bits of which are
+# the significand's.
+WHOLE = 1.5 * 2**23
 # The smallest scale: machine epsilon of float32, as in the reference. It keeps x / scale finite for any usual x.
 SMALLEST_SCALE = float(np.finfo(np.float32).eps)
 
@@ -78,12 +81,12 @@ def encode(fmt: Int, x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> 
 def narrow(x: jax.Array, dtype: Any) -> jax.Array:
     """float32 whole numbers as int8 or uint8, which hold them.
 
-    On GPUs by one addition, which leaves a number's low byte in the significand's: XLA's conversion takes seven
-    instructions, to saturate what does not fit. So, now and then, does its conversion of integers: it is given none.
+    On GPUs and TPUs by one addition: XLA's conversion takes many instructions, to saturate what does not fit. So, now
+    and then, does a GPU's conversion of integers: it is given none.
     """
-    if not on_gpu():
+    if not on_accelerator():
         return x.astype(dtype)
-    bits = jax.lax.bitcast_convert_type(x + jnp.float32(1.5 * 2**23), jnp.int32)
+    bits = jax.lax.bitcast_convert_type(x + jnp.float32(WHOLE), jnp.int32)
     return (((bits << 24) >> 24) if jnp.issubdtype(dtype, jnp.signedinteger) else bits & 255).astype(dtype)
 
 
@@ -101,9 +104,13 @@ def steps(fmt: Int, x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> j
 
 @jax.custom_jvp
 def _snap(x: jax.Array, scale: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """`clip(rint(x / scale), low, high)` with straight-through rounding."""
-    steps = jnp.clip(jnp.rint(ratio(x, scale)), low, high)
-    return jnp.where(steps == 0, jnp.float32(0), steps)  # no negative zero: integer codes have none
+    """`clip(rint(x / scale), low, high)` with straight-through rounding, for bounds that are whole.
+
+    Rounded by two additions, after which there is no negative zero, as integer codes have none. Behind a barrier: XLA
+    leaves them out where it sees that they are of one constant.
+    """
+    whole = jax.lax.optimization_barrier(jnp.float32(WHOLE))
+    return (jnp.clip(ratio(x, scale), low, high) + whole) - whole
 
 
 @_snap.defjvp

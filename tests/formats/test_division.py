@@ -10,13 +10,13 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from jaxq.formats import Float, Int, encode, fake_quant
-from jaxq.formats.division import _divide_on_gpu, _ratio_on_gpu
+from jaxq.formats.division import _divide_by_reciprocal, _ratio_by_reciprocal
 from tests.kernels.ahead import rows_of
 from tests.kernels.test_hopper_matmul import compiles
 
 COUNT = 1 << 18
 GPU = AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=AbstractDevice("NVIDIA H200", None, "gpu"))
-both = pytest.mark.parametrize("quotient", [_divide_on_gpu, _ratio_on_gpu])
+both = pytest.mark.parametrize("quotient", [_divide_by_reciprocal, _ratio_by_reciprocal])
 
 
 def as_on_gpu(f, *args):
@@ -36,7 +36,7 @@ def test_quotients_of_few_bits_are_exact(quotient):
     assert np.array_equal(quotient(jnp.asarray(a), jnp.asarray(b)), steps)
 
 
-@pytest.mark.parametrize(("quotient", "wrong"), [(_divide_on_gpu, 1e-5), (_ratio_on_gpu, 1e-3)])
+@pytest.mark.parametrize(("quotient", "wrong"), [(_divide_by_reciprocal, 1e-5), (_ratio_by_reciprocal, 1e-3)])
 def test_the_others_are_the_nearest_or_rarely_its_neighbour(quotient, wrong):
     draw = np.random.default_rng(1)
     a, b = np.ldexp(1 + draw.random((2, COUNT)), draw.integers(-40, 40, (2, COUNT))).astype(np.float32)
@@ -59,13 +59,13 @@ def test_in_bfloat16_the_reciprocal_alone_rounds_right():
     draw = np.random.default_rng(2)
     a, b = jnp.asarray(1 + draw.random((2, COUNT)), jnp.bfloat16)
     want = (np.asarray(a, float) / np.asarray(b, float)).astype(a.dtype)  # float64 rounds no tie of bfloat16's away
-    assert np.array_equal(_divide_on_gpu(a, b), want)
+    assert np.array_equal(_divide_by_reciprocal(a, b), want)
 
 
 def test_gradients_are_those_of_a_quotient():
     a, b = jnp.asarray([[3.0, -5.0]]), jnp.asarray([[7.0]])
     want = jax.jacobian(lambda *x: x[0] / x[1], (0, 1))(a, b)
-    found = jax.jacobian(_divide_on_gpu, (0, 1))(a, b)
+    found = jax.jacobian(_divide_by_reciprocal, (0, 1))(a, b)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, want)
 
 
