@@ -65,7 +65,8 @@ class Integers:
 
     @property
     def centered(self) -> jax.Array:
-        return self.values if self.center is None else self.values + self.center.astype(self.values.dtype)
+        """`values + center`, which may be beyond the integers' own 8 bits: in float32."""
+        return self.values if self.center is None else self.values.astype(jnp.float32) + self.center
 
 
 def element_scale(w: Integers, fmt: Int | Float, columns: int) -> jax.Array:
@@ -230,8 +231,6 @@ def _float_product(x: Integers, w: Integers, precision: Any) -> jax.Array:
     def multiply(dtype: Any) -> Any:
         return lambda x, w: _dot(x.astype(dtype), w.astype(dtype))
 
-    if w.center is not None:
-        w = replace(w, values=w.values.astype(jnp.float32))
     return lax.platform_dependent(x.centered, w.centered, cpu=multiply(jnp.float32), default=multiply(jnp.bfloat16))
 
 
