@@ -1,4 +1,4 @@
-"""Carriers: machine numbers that hold a 4-bit code's value exactly, made from packed codes by masks and shifts.
+"""Carriers: machine numbers that hold a weight's value exactly, made from packed codes by masks and shifts.
 
 A byte of a carrier consists of fields of the code, each moved to its place. Four bytes are worked on at once, as one
 32-bit word, so that eight codes cost 2 to 9 operations, and nothing is looked up or converted:
@@ -12,7 +12,7 @@ A byte of a carrier consists of fields of the code, each moved to its place. Fou
 | E2M1, E1M2, E3M0: sign-magnitude | e5m2, e4m3fn      | sign << 4, rest << m - M        | element * 2**(B - b)  |
 
 A float's exponent lands in the carrier's, subnormals among subnormals, so that only the exponents' biases differ:
-m and b are the carrier's mantissa bits and bias.
+m and b are the carrier's mantissa bits and bias. So it is with e4m3fn and e4m3b11fnuz, but for the negative zero.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from jaxq.kernels.layout import unpack_codes
 
 @dataclass(frozen=True)
 class Carrier:
-    """How a 4-bit code becomes a machine number: `value = (code's value + offset) * unit`, exactly.
+    """How a weight becomes a machine number: `carrier = (value + offset) * unit`, exactly.
 
     Args:
-        dtype: of the machine number, one byte wide.
-        fields: (mask, shift) of the parts of a code; `(code ^ flip) & mask` moves left by `shift`.
+        dtype: of the machine number.
+        fields: (mask, shift) of the parts of a 4-bit code; `(code ^ flip) & mask` moves left by `shift`.
         unit: a power of two.
         flip: bits of the code that are inverted first: 8 takes int4 to uint4, and back, at an offset of +-8.
         offset: what the flip adds to a code's value.
@@ -58,6 +58,10 @@ class Carrier:
         """The plain meaning: carriers of codes, uint8 of any shape with values below 16."""
         fields = [((codes ^ jnp.uint8(self.flip)) & jnp.uint8(mask)) << shift for mask, shift in self.fields]
         return jax.lax.bitcast_convert_type(sum(fields[1:], fields[0]), self.dtype)
+
+    def of_numbers(self, numbers: jax.Array) -> jax.Array:
+        """The plain meaning: carriers of a machine's numbers of 8 bits, int8 or floats."""
+        return (numbers.astype(jnp.float32) * self.unit).astype(self.dtype)
 
     def of_packed(self, packed: jax.Array, k: int) -> jax.Array:
         """The plain meaning: carriers [k, N] of packed codes, uint8 [ceil(k/2), N]."""
@@ -95,3 +99,24 @@ def float_carrier(fmt: Int | Float, dtype: Any) -> Carrier:
         shift = info.nmant - fmt.mantissa_bits
         return Carrier(dtype, ((8, 4), (7, shift)), 2.0 ** (info.minexp - (1 - fmt.bias)))
     raise ValueError(f"{fmt} has no carrier in {np.dtype(dtype).name}: 4-bit integers have one in e4m3, floats in e5m2")
+
+
+def number_carrier(numbers: Any, activations: Any, e4m3: Any) -> Carrier:
+    """A machine's numbers of 8 bits for a product with activations of a dtype.
+
+    Args:
+        numbers: int8, e4m3fn or e5m2.
+        e4m3: the machine's own, e4m3fn or e4m3b11fnuz, whose numbers are 16 times smaller.
+    """
+    if jnp.dtype(numbers) == jnp.int8:
+        return Carrier(jnp.int8 if jnp.dtype(activations) == jnp.int8 else jnp.bfloat16, (), 1.0)
+    if jnp.dtype(numbers) == jnp.float8_e4m3fn != e4m3:
+        return Carrier(e4m3, (), 2.0**-4)
+    return Carrier(numbers, (), 1.0)
+
+
+def without_negative_zeros(words: jax.Array) -> jax.Array:
+    """Signed magnitudes, four in an int32 word, where negative zeros have become positive ones."""
+    magnitudes = words & _everywhere(127)
+    not_zero = (magnitudes + _everywhere(127)) & _everywhere(128)
+    return magnitudes | words & not_zero

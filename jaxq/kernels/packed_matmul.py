@@ -1,4 +1,4 @@
-"""Products of an activation with packed 4-bit weights on the TPU, and what they mean in plain jnp.
+"""Products of an activation with packed weights on the TPU, and what they mean in plain jnp.
 
 One kernel for all of them. With c[k, n] the carriers of the weight's codes and groups g of the summed axis:
 
@@ -11,12 +11,19 @@ One kernel for all of them. With c[k, n] the carriers of the weight's codes and 
 | bfloat16 | floats           | e5m2       | float32, exact | W4A4 of floats: x holds elements times powers of two  |
 | e4m3fn   | floats           | e4m3fn     | float32, exact | the same, where the machine multiplies e4m3fn         |
 
+and of weights of 8 bits:
+
+| x        | weights          | carrier            | product      |                                                 |
+|----------|------------------|--------------------|--------------|-------------------------------------------------|
+| int8     | int8             | int8               | int32, exact | W8A8                                            |
+| bfloat16 | int8             | bfloat16           | float32      | W8A16                                           |
+| bfloat16 | e4m3fn, e5m2     | the machine's own  | float32      | FP8 with 16 bits, or with FP8                   |
+| e4m3fn   | e4m3fn           | e4m3fn             | float32      | FP8 with FP8, where the machine multiplies both |
+
 Zero points are the corrections `left * right`: an activation's times the weight's column sums, a weight's (with the
 carrier's offset) times the activation's row sums. LLM-FP4's elements, times powers of two for the weights' exponents,
 are small integers in units of the smallest one: any order of summation gives the same float32 while the sum stays below
 2**24 units, for E2M1 with exponents 0 to 3 whenever K <= 14563.
-
-8-bit weights have no kernel: XLA multiplies them as they are stored, at the speed of memory, and makes no temporary.
 """
 
 from __future__ import annotations
@@ -29,11 +36,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxq.kernels.carrier import Carrier
+from jaxq.kernels.carrier import Carrier, without_negative_zeros
 from jaxq.kernels.layout import HALF, fits
 
 SMALLEST_GROUP = 16
-X_BYTES, W_BYTES = 3 << 20, 1 << 20  # a block of x and of weights; each is in fast memory twice
+X_BYTES, W_BYTES = 4 << 20, 1 << 20  # a block of x and of packed weights; each is in fast memory twice
 VMEM = 48 << 20
 
 
@@ -41,7 +48,7 @@ class Operands(NamedTuple):
     """Of a product [M, K] x [K, N], with G groups of K/G successive channels; 1 is per channel.
 
     x: [M, K] int8, bfloat16 or an 8-bit float.
-    w: packed 4-bit codes, uint8 [K/2, N], as in `jaxq.kernels.layout`.
+    w: packed 4-bit codes, uint8 [K/2, N], as in `jaxq.kernels.layout`; or int8, e4m3fn or e5m2 [K, N].
     scale: [G, N] float32.
     rows: [M, 1] float32, the activation's scales; None is 1.
     left, right: [R, M, G] and [R, G, N], int32 where x is int8, else float32; None is no correction.
@@ -61,7 +68,7 @@ def packed_matmul(
     """The product above as one kernel. `plain_packed_matmul` is its meaning: the same integers, before they are scaled.
 
     Args:
-        carrier: what the codes become.
+        carrier: what the weights become.
         dtype: of the result.
 
     Returns:
@@ -154,12 +161,18 @@ def _small_groups(refs: dict, weights: tuple[jax.Array, ...], carrier: Carrier) 
 
 
 def _carriers(w: Any, carrier: Carrier) -> tuple[jax.Array, ...]:
-    """The carriers of the low and of the high nibbles, [K/2, N] each."""
+    """The carriers of the low and of the high nibbles, [K/2, N] each; of weights of 8 bits all, [K, N]."""
+    if w.dtype == jnp.float8_e4m3fn != carrier.dtype:
+        return (pltpu.bitcast(without_negative_zeros(pltpu.bitcast(w[...], jnp.int32)), carrier.dtype),)
+    if w.dtype != jnp.uint8:
+        return (w[...].astype(carrier.dtype),)
     return tuple(pltpu.bitcast(half, carrier.dtype) for half in carrier.halves(pltpu.bitcast(w[...], jnp.int32)))
 
 
 def _slices(x: Any, weights: tuple[jax.Array, ...], start: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """The channels from `start` of both, in one order: first the low nibbles' runs of 128."""
+    """The channels from `start` of both, in one order: of packed codes first the low nibbles' runs of 128."""
+    if len(weights) == 1:
+        return x[:, start : start + size], weights[0][start : start + size]
     first, last = start // HALF, (start + size) // HALF
     runs = [*range(first + first % 2, last, 2), *range(first + 1 - first % 2, last, 2)]
     a = [x[:, HALF * run : HALF * (run + 1)] for run in runs]
@@ -183,7 +196,7 @@ def _corrected(part: jax.Array, refs: dict, carrier: Carrier, group: slice) -> j
 def plain_packed_matmul(operands: Operands, carrier: Carrier, *, dtype: Any = jnp.float32) -> jax.Array:
     """What `packed_matmul` means, in plain jnp, for any K and any size of groups that divides it."""
     x, w, scale, rows, left, right = operands
-    c = carrier.of_packed(w, x.shape[1])
+    c = carrier.of_packed(w, x.shape[1]) if w.dtype == jnp.uint8 else carrier.of_numbers(w)
     groups = scale.shape[0]
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     a, b = x.reshape(x.shape[0], groups, -1), c.reshape(groups, -1, c.shape[1])
@@ -197,10 +210,10 @@ def plain_packed_matmul(operands: Operands, carrier: Carrier, *, dtype: Any = jn
 
 def _check(x: jax.Array, w: jax.Array, scale: jax.Array) -> None:
     k, groups = x.shape[1], scale.shape[0]
-    if 2 * w.shape[0] != k or scale.shape[1] != w.shape[1]:
+    if k != w.shape[0] * (2 if w.dtype == jnp.uint8 else 1) or scale.shape[1] != w.shape[1]:
         raise ValueError(f"x {x.shape}, packed weights {w.shape} and scales {scale.shape} do not fit each other")
-    if not fits(k, groups, SMALLEST_GROUP):
+    if not fits(k, groups, SMALLEST_GROUP if w.dtype == jnp.uint8 else HALF):
         raise ValueError(
-            f"{k} channels in {groups} groups: the kernel takes whole blocks of 256 and groups of 16, 32, 64 or a "
-            "multiple of 128; plain_packed_matmul takes any"
+            f"{k} channels in {groups} groups: the kernel takes whole blocks of 256 and groups of a multiple of 128, "
+            "or of packed codes of 16, 32 or 64; plain_packed_matmul takes any"
         )

@@ -51,6 +51,7 @@ class Integers:
 
     `center` (None: 0) is what brings an asymmetric integer's codes around 0, so that 8 bits hold them. Each
     value may have been multiplied by a power of two up to `2**reach`, `bound` being the largest magnitude before that.
+    `digits` are the significant bits that a value has at most, where they are fewer than the bound's.
     """
 
     values: jax.Array
@@ -58,6 +59,12 @@ class Integers:
     center: jax.Array | None = None
     bound: int | None = static(default=None)
     reach: int = static(default=0)
+    digits: int | None = static(default=None)
+
+    @property
+    def significant(self) -> int | None:
+        """The significant bits that a value has at most."""
+        return self.digits or (None if self.bound is None else self.bound.bit_length())
 
     @property
     def largest(self) -> int | None:
@@ -120,7 +127,8 @@ def activation_integers(
         return Integers(values if center is None else values - center, grid.scale, center, largest_integer(fmt))
     finest = _finest(fmt, grid.mantissa, x.ndim)
     scale = grid.scale * power_of_two(finest)
-    return Integers(values * power_of_two(-finest), scale, bound=largest_integer(fmt))
+    digits = 1 + max(split.mantissa_bits for split in fmt.splits)
+    return Integers(values * power_of_two(-finest), scale, bound=largest_integer(fmt), digits=digits)
 
 
 def largest_integer(fmt: Format) -> int:
@@ -151,7 +159,7 @@ def shifted(x: Integers, exponents: jax.Array, reach: int) -> Integers:
     bound = None if x.bound is None else x.bound * (2 if x.center is not None else 1)
     scale = power_of_two(least).reshape(1, 1)
     values = x.centered * factor.astype(x.values.dtype)
-    return Integers(values, scale if x.scale is None else x.scale * scale, None, bound, reach)
+    return Integers(values, scale if x.scale is None else x.scale * scale, None, bound, reach, x.digits)
 
 
 def product(

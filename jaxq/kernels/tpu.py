@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from jaxq.devices import device_kind
 from jaxq.formats import Float, Format, Int
-from jaxq.kernels.carrier import Carrier, float_carrier, int8_carrier
+from jaxq.kernels.carrier import Carrier, float_carrier, int8_carrier, number_carrier
 from jaxq.kernels.layout import HALF, fits
 from jaxq.kernels.packed_matmul import SMALLEST_GROUP, Operands, packed_matmul
-from jaxq.kernels.plain import Integers, element_scale
+from jaxq.kernels.plain import MACHINE_FLOATS, Integers, element_scale
 
 # The e4m3 of the matrix units, by `jax.Device.device_kind`. Where it is e4m3fn, two of them are multiplied at twice
 # the rate of bfloat16; the older ones multiply bfloat16 by any float of 8 bits at the rate of bfloat16.
@@ -22,9 +22,14 @@ E4M3 = {"TPU v5 lite": jnp.float8_e4m3b11fnuz, "TPU v6 lite": jnp.float8_e4m3b11
 # long as the product with a bfloat16 weight on v5e and v6e, on v7x 1.8 times as long.
 STACKED_ROWS = 256
 
+# So many products of numbers of 8 bits, zero points included, are below 2**31 in sum.
+MOST_CHANNELS = 2**15
+# e4m3fn's largest number and its smallest step.
+E4M3_LARGEST, E4M3_STEP = 448, 2.0**-9
+
 
 def elements_dtype(device_kind: str) -> Any:
-    """What holds the elements of a float activation of 4 bits, times powers of two: e4m3fn where it is multiplied.
+    """What holds a float activation's numbers of up to four significant bits: e4m3fn where it is multiplied.
 
     Raises:
         ValueError: the kernels have not been compiled for such a device.
@@ -33,12 +38,17 @@ def elements_dtype(device_kind: str) -> Any:
 
 
 def weight_carrier(fmt: Int | Float, activations: Any, device_kind: str) -> Carrier:
-    """The carrier of 4-bit weights for a product with activations of a dtype: int8, bfloat16 or `elements_dtype`.
+    """The carrier of weights for a product with activations of a dtype: int8, bfloat16 or `elements_dtype`.
+
+    Args:
+      fmt: of 4 bits, `Int(8)` or a machine's float.
 
     Raises:
         ValueError: there is none, or the kernels have not been compiled for such a device.
     """
     e4m3 = _e4m3(device_kind)
+    if fmt.bits == 8:
+        return number_carrier(jnp.int8 if isinstance(fmt, Int) else MACHINE_FLOATS[fmt], activations, e4m3)
     if isinstance(fmt, Int) and jnp.dtype(activations) == jnp.int8:
         return int8_carrier(fmt)
     if isinstance(fmt, Float) and jnp.dtype(activations) == jnp.bfloat16:
@@ -59,18 +69,21 @@ def target(*operands: jax.Array) -> str | None:
 
 
 def has_kernel(x: Integers, fmt: Format | None, groups: int = 1) -> bool:
-    """Whether `packed_product` multiplies [M, K] with weights of a format in so many groups: of 4 bits, with integers
-    of 8 bits or, exactly in bfloat16, what has as few significant bits; or with an activation in bfloat16 that is not
-    quantized. In groups below 128 a token takes 128 / size rows of the matrix unit, up to `STACKED_ROWS`."""
+    """Whether `packed_product` multiplies [M, K] with weights of a format in so many groups: of 4 bits, or a machine's
+    of 8, with integers of 8 bits or, exactly in bfloat16, what has as few significant bits; or with an activation in
+    bfloat16 that is not quantized. In groups below 128 a token takes 128 / size rows of the matrix unit, up to
+    `STACKED_ROWS`; those are of 4 bits."""
     rows, k = x.values.shape
-    if not isinstance(fmt, Int | Float) or fmt.bits != 4 or not fits(k, groups, SMALLEST_GROUP):
+    if not isinstance(fmt, Int | Float) or not fits(k, groups, SMALLEST_GROUP if fmt.bits == 4 else HALF):
+        return False
+    if fmt.bits != 4 and fmt not in MACHINE_FLOATS and (fmt.bits != 8 or isinstance(fmt, Float) or k > MOST_CHANNELS):
         return False
     if k // groups < HALF and rows * HALF * groups // k > STACKED_ROWS:
         return False
     if x.bound is None:
         return x.values.dtype == jnp.bfloat16
-    assert x.largest is not None
-    return x.largest <= 128 if isinstance(fmt, Int) else x.bound.bit_length() <= 8 and x.center is None
+    assert x.largest is not None and x.significant is not None
+    return x.largest <= 128 if isinstance(fmt, Int) else x.significant <= 8 and x.center is None
 
 
 def packed_product(
@@ -90,23 +103,25 @@ def packed_product(
 
     Args:
       x: as there; quantized ones are integers times a power of two of 8 significant bits at most.
-      codes: of the weights, packed: uint8 [K/2, N].
-      w: scale and center of its integers, [groups, N] or [1, 1], and their values, of which only sums are used where
-        `sums` is None.
+      codes: of the weights, packed: uint8 [K/2, N]; of 8 bits `w` has them.
+      w: scale and center of its integers, [groups, N] or [1, 1], and their values; of 4 bits only their sums are used,
+        where `sums` is None.
       fmt: of the codes.
       sums: of w's values over each group, int32 [groups, N].
       kind: the TPU, as `target` says.
       dtype: of y, which is rounded once, in the kernel.
     """
-    values = x.values.astype(_activations_dtype(x, fmt, kind))
+    values_dtype, unit = _activations_dtype(x, fmt, kind)
+    values = (x.values * jnp.asarray(unit, x.values.dtype)).astype(values_dtype)
     carrier = weight_carrier(fmt, values.dtype, kind)
+    codes = w.values if fmt.bits == 8 else codes
     (m, k), n = values.shape, codes.shape[1]
     scale = element_scale(w, fmt, n)
     groups = scale.shape[0]
     exact = jnp.int32 if values.dtype == jnp.int8 else jnp.float32
     left, right = [], []
     if isinstance(fmt, Int) and (w.center is not None or carrier.offset != 0):
-        middle = 0 if fmt.symmetric else 2 ** (fmt.bits - 1)
+        middle = 0 if fmt.symmetric or fmt.bits == 8 else 2 ** (fmt.bits - 1)
         left.append(_sums_of_groups(values, groups, exact))
         right.append(carrier.offset + middle - (0 if w.center is None else w.center))
     if x.center is not None:
@@ -117,7 +132,7 @@ def packed_product(
     def stacked(parts: list, shape: tuple[int, int]) -> jax.Array | None:
         return jnp.stack([jnp.broadcast_to(jnp.asarray(a).astype(exact), shape) for a in parts]) if parts else None
 
-    rows = None if x.scale is None else jnp.broadcast_to(x.scale, (m, 1))
+    rows = None if x.scale is None else jnp.broadcast_to(x.scale * jnp.float32(1 / unit), (m, 1))
     operands = Operands(values, codes, scale, rows, stacked(left, (m, groups)), stacked(right, (groups, n)))
     return packed_matmul(operands, carrier, dtype=dtype, interpret=interpret)
 
@@ -131,10 +146,14 @@ def _sums_of_groups(values: jax.Array, groups: int, dtype: Any) -> jax.Array:
     return jnp.dot(values, member.astype(values.dtype), preferred_element_type=dtype)
 
 
-def _activations_dtype(x: Integers, fmt: Int | Float, kind: str) -> Any:
-    """What holds an activation beside weights of a format: int8, bfloat16, or an e4m3's four significant bits."""
-    if x.largest is None or x.bound is None:
-        return jnp.bfloat16
+def _activations_dtype(x: Integers, fmt: Int | Float, kind: str) -> tuple[Any, float]:
+    """What holds an activation beside weights of a format: int8, bfloat16, or an e4m3's four significant bits; and by
+    which power of two it is multiplied for that."""
+    if x.largest is None or x.significant is None:
+        return jnp.bfloat16, 1.0
     if isinstance(fmt, Int):
-        return jnp.int8
-    return elements_dtype(kind) if x.bound < 16 and x.largest <= 448 else jnp.bfloat16
+        return jnp.int8, 1.0
+    held, unit = elements_dtype(kind), 1.0 if x.largest <= E4M3_LARGEST else E4M3_STEP
+    if held == jnp.bfloat16 or x.significant > 4 or x.largest * unit > E4M3_LARGEST:
+        return jnp.bfloat16, 1.0
+    return held, unit

@@ -1,12 +1,13 @@
 """Products with packed codes: the kernel in interpret mode, its plain meaning, and integers in numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxq.kernels.packed_matmul as module
 from jaxq.formats import Float, Int, decode
-from jaxq.kernels.carrier import Carrier, float_carrier, int8_carrier
+from jaxq.kernels.carrier import Carrier, float_carrier, int8_carrier, number_carrier
 from jaxq.kernels.layout import pack_codes
 from jaxq.kernels.packed_matmul import Operands, blocks, packed_matmul, plain_packed_matmul
 from jaxq.kernels.tpu import E4M3, elements_dtype, weight_carrier
@@ -57,6 +58,38 @@ def test_products_are_the_integers_that_numpy_finds(fmt, dtype, carrier: Carrier
     exact = np.einsum("mgk,gkn,gn->mn", runs, weights, scale)
     assert np.array_equal(np.asarray(found), exact)
     assert np.array_equal(np.asarray(plain_packed_matmul(operands, carrier)), exact)
+
+
+NUMBERS = [  # the weights' numbers of 8 bits, the activation's dtype
+    *((jnp.int8, dtype) for dtype in (jnp.int8, jnp.bfloat16)),
+    *((numbers, jnp.bfloat16) for numbers in (jnp.float8_e4m3fn, jnp.float8_e5m2)),
+    (jnp.float8_e4m3fn, jnp.float8_e4m3fn),
+]
+
+
+@pytest.mark.parametrize("e4m3", sorted(set(E4M3.values()), key=str))
+@pytest.mark.parametrize(("numbers", "dtype"), NUMBERS)
+@pytest.mark.parametrize(("m", "k", "n", "groups"), [(1, 256, 128, 1), (17, 768, 130, 6)])
+def test_products_with_numbers_of_8_bits(numbers, dtype, e4m3, m, k, n, groups):
+    """All 256 of them, negative zeros too, and each exactly: sums are of few of them."""
+    draw = np.random.default_rng(0)
+    codes = jnp.asarray(np.resize(draw.permutation(256).astype(np.uint8), (k, n)))
+    w = jax.lax.bitcast_convert_type(codes, numbers)
+    w = jnp.where(jnp.isfinite(w.astype(jnp.float32)), w, jnp.zeros((), numbers))
+    x = jnp.zeros((m, k)).at[jnp.arange(m), draw.integers(0, k, m)].set(3).astype(dtype)
+    scale = 2.0 ** draw.integers(-3, 1, (groups, n))
+    exact = np.asarray(x.astype(jnp.float32), float) @ (
+        np.asarray(w.astype(jnp.float32), float) * np.repeat(scale, k // groups, 0)
+    )
+    operands, carrier = Operands(x, w, jnp.asarray(scale, jnp.float32)), number_carrier(numbers, dtype, e4m3)
+    assert np.array_equal(np.asarray(packed_matmul(operands, carrier, interpret=True)), exact)
+    assert np.array_equal(np.asarray(plain_packed_matmul(operands, carrier)), exact)
+
+
+def test_small_groups_are_of_4_bits():
+    operands = Operands(jnp.zeros((1, 256), jnp.int8), jnp.zeros((256, 8), jnp.int8), jnp.ones((4, 8)))
+    with pytest.raises(ValueError, match="plain_packed_matmul takes any"):
+        packed_matmul(operands, number_carrier(jnp.int8, jnp.int8, jnp.float8_e4m3fn), interpret=True)
 
 
 @pytest.mark.parametrize(("size", "m"), [(64, 1), (32, 9), (16, 3)])

@@ -30,6 +30,8 @@ from jaxq.quantizer import per_channel, per_group, per_tensor, quantize_weight
 
 M, K, N = 5, 512, 700
 WEIGHTS = [Int(4), Int(4, symmetric=False), Float(2, 1), Float(1, 2), Float(3, 0)]
+E4M3FN, E5M2 = Float(4, 3, reserved=1), Float(5, 2, reserved=4)
+EIGHT = [Int(8), Int(8, symmetric=False), E4M3FN, E5M2]
 X = jax.random.normal(jax.random.key(0), (M, K)) * 3 + 0.5
 W = jax.random.normal(jax.random.key(1), (K, N))
 
@@ -58,13 +60,32 @@ def both(x: Integers, weights, device: str, sums: bool = True) -> tuple[jax.Arra
 
 
 @pytest.mark.parametrize("device", sorted(E4M3))
-@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("weights", [*WEIGHTS, *EIGHT], ids=str)
 @pytest.mark.parametrize("activations", [Int(8), Int(6), Float(2, 1), None], ids=str)
 def test_the_kernels_product_is_the_plain_one(activations, weights, device):
     x = read(activations)
     found, wanted = both(x, weights, device)
     atol = (2e-6 if x.bound is not None else 1e-5) * float(jnp.abs(wanted).max())
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=atol)
+
+
+@pytest.mark.parametrize("device", sorted(E4M3))
+@pytest.mark.parametrize("activations", [E4M3FN, E5M2, Float(4, 3)], ids=str)
+def test_activations_of_8_bit_floats(activations, device):
+    """Larger numbers than bfloat16 counts to, but of few significant bits."""
+    for weights in (E4M3FN, Float(2, 1)):
+        found, wanted = both(read(activations), weights, device)
+        np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("weights", EIGHT, ids=str)
+def test_groups_of_weights_of_8_bits(weights):
+    x, packed = read(Int(8)), jaxq.pack({"w": quantize_weight(W, per_group(weights, 128), (0,))})["w"]
+    assert has_kernel(x, packed.split, K // 128) and not has_kernel(x, packed.split, K // 64)
+    w = weight_integers(packed)
+    found = packed_product(x, packed.planes[0], w, packed.split, None, "TPU v5 lite", interpret=True)
+    wanted = exact(x, packed)
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("size", [32, 128, 256])
@@ -98,7 +119,7 @@ def exact(x: Integers, packed: Packed) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sums", [True, False])
-@pytest.mark.parametrize("weights", WEIGHTS[:2], ids=str)
+@pytest.mark.parametrize("weights", [*WEIGHTS[:2], *EIGHT[:2]], ids=str)
 def test_zero_points_of_the_activation(weights, sums):
     found, wanted = both(read(Int(8, symmetric=False)), weights, "TPU v6 lite", sums)
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6 * float(jnp.abs(wanted).max()))
@@ -113,7 +134,8 @@ def test_exponents_in_the_activation(weights):
 
 def test_numbers_without_a_kernel():
     whole, wide = read(Int(8)), read(Int(8, symmetric=False))
-    assert not has_kernel(whole, Int(8)) and not has_kernel(whole, None), "not 4 bits, or layers differ"
+    assert not has_kernel(whole, Int(6)) and not has_kernel(whole, None), "not 4 or 8 bits, or layers differ"
+    assert not has_kernel(whole, Float(4, 3)), "no machine's: it has a number beyond 448"
     assert not has_kernel(Integers(X), Int(4)), "float32 would be rounded to bfloat16"
     assert not has_kernel(wide, Float(2, 1)), "a zero point beside a float's elements"
     assert not has_kernel(Integers(whole.values[:, :384], bound=127), Int(4)), "no whole blocks of 256"
@@ -134,6 +156,9 @@ RECIPES = {
     "w4a16_g128": (jaxq.quantize(GROUPED, None), jnp.bfloat16),
     "w4a8_g32": (jaxq.quantize(per_group(Int(4, symmetric=False), 32), Int(8, symmetric=False)), jnp.float32),
     "nvfp4": (jaxq.quantize(jaxq.nvfp4(), None), jnp.bfloat16),
+    "w8a8": (jaxq.quantize(Int(8, symmetric=False), Int(8, symmetric=False)), jnp.float32),
+    "w8a16": (jaxq.quantize(Int(8), None), jnp.bfloat16),
+    "fp8": (jaxq.quantize(E4M3FN, E4M3FN), jnp.float32),
 }
 
 
@@ -237,5 +262,5 @@ def test_execute_has_no_kernel_run_elsewhere():
     assert "jaxq_packed_matmul" not in lowered(recipe, X, how="float").as_text()
     assert "jaxq_packed_matmul" not in lowered(recipe, X, kind="TPU v4").as_text()
     assert "jaxq_packed_matmul" not in lowered(recipe, X, kind=None).as_text()
-    assert "jaxq_packed_matmul" not in lowered(jaxq.quantize(Int(8), Int(8)), X).as_text()
+    assert "jaxq_packed_matmul" not in lowered(jaxq.quantize(Int(6), Int(8)), X).as_text()
     assert "jaxq_packed_matmul" not in lowered(jaxq.quantize(jaxq.per_group(Int(4), 8), Int(8)), X).as_text()
