@@ -32,6 +32,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxq.formats import Float, Int
 from jaxq.kernels.layout import HALF
 from jaxq.kernels.packed_matmul import SMALLEST_GROUP, Operands, blocks, packed_matmul, plain_packed_matmul
+from jaxq.kernels.plain import MACHINE_FLOATS
 from jaxq.kernels.tpu import STACKED_ROWS, elements_dtype, weight_carrier
 
 K = N = 4096
@@ -68,7 +69,8 @@ class Case:
 def product(target: Target, rows: int, fmt: Int | Float, dtype: type, groups: int = 1, zero: bool = False) -> Case:
     """A packed product; `zero` is a correction for a zero point or the carrier's offset."""
     carrier = weight_carrier(fmt, dtype, target.kind)
-    shapes: Shapes = {"x": ((rows, K), dtype), "w": ((K // 2, N), jnp.uint8), "scale": ((groups, N), jnp.float32)}
+    stored = ((K // 2, N), jnp.uint8) if fmt.bits == 4 else ((K, N), MACHINE_FLOATS.get(fmt, jnp.int8))
+    shapes: Shapes = {"x": ((rows, K), dtype), "w": stored, "scale": ((groups, N), jnp.float32)}
     if dtype != jnp.bfloat16:
         shapes["rows"] = ((rows, 1), jnp.float32)
     if zero:
@@ -82,7 +84,7 @@ def product(target: Target, rows: int, fmt: Int | Float, dtype: type, groups: in
 
 
 def cases(t: Target, rows: int) -> dict[str, Case]:
-    a16, e2m1 = jnp.bfloat16, Float(2, 1)
+    a16, e2m1, e4m3 = jnp.bfloat16, Float(2, 1), Float(4, 3, reserved=1)
     small = {
         "w4a8_g32": product(t, rows, Int(4), jnp.int8, K // 32),
         "e2m1_a16_g32": product(t, rows, e2m1, a16, K // 32),
@@ -99,6 +101,12 @@ def cases(t: Target, rows: int) -> dict[str, Case]:
         "e3m0_a16": product(t, rows, Float(3, 0), a16),
         "e2m1_a16_g128": product(t, rows, e2m1, a16, K // 128),
         "e2m1_a4": product(t, rows, e2m1, elements_dtype(t.kind)),
+        "w8a8": product(t, rows, Int(8), jnp.int8),
+        "w8a8_zero": product(t, rows, Int(8, symmetric=False), jnp.int8, zero=True),
+        "w8a8_g128": product(t, rows, Int(8), jnp.int8, K // 128),
+        "w8a16": product(t, rows, Int(8), a16),
+        "fp8_a16": product(t, rows, e4m3, a16),
+        "fp8_a8": product(t, rows, e4m3, elements_dtype(t.kind)),
     }
 
 
@@ -119,7 +127,7 @@ def step_of(case: Case, target: Target) -> tuple[int, float]:
     """How many steps the grid has, and the cycles that one takes at least."""
     (rows, k), kind = case.shapes["x"][0], jnp.dtype(case.shapes["x"][1])
     bm, bn = blocks(rows, k, N, kind.itemsize)
-    least = max(bm * k * bn / target.macs[kind.name], k // 2 * bn / target.bytes_per_cycle)
+    least = max(bm * k * bn / target.macs[kind.name], case.shapes["w"][0][0] * bn / target.bytes_per_cycle)
     return -(-rows // bm) * -(-N // bn), least
 
 

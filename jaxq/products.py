@@ -137,7 +137,7 @@ def _kernel(
         return gpu.packed_product(x, leaf.planes[0], weights(leaf), fmt, sums).astype(dtype)
 
     if kind in tpu.E4M3:
-        return ("tpu", by_tpu) if tpu.has_kernel(x, fmt, groups) else None
+        return ("tpu", by_tpu) if tpu.has_kernel(x, fmt, kind, groups) else None
     return ("cuda", by_gpu) if kind is not None and gpu.has_kernel(x, fmt, codes.shape[1], groups, sums) else None
 
 

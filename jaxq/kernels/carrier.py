@@ -60,8 +60,13 @@ class Carrier:
         return jax.lax.bitcast_convert_type(sum(fields[1:], fields[0]), self.dtype)
 
     def of_numbers(self, numbers: jax.Array) -> jax.Array:
-        """The plain meaning: carriers of a machine's numbers of 8 bits, int8 or floats."""
-        return (numbers.astype(jnp.float32) * self.unit).astype(self.dtype)
+        """The plain meaning: carriers of numbers of 8 bits, as in `number_carrier`."""
+        if numbers.dtype == jnp.int8:
+            return numbers.astype(self.dtype)
+        if self.dtype != jnp.float8_e4m3b11fnuz:
+            return jax.lax.bitcast_convert_type(numbers, self.dtype)
+        values = jax.lax.bitcast_convert_type(numbers, jnp.float8_e4m3fn).astype(jnp.float32)
+        return (values * self.unit).astype(self.dtype)
 
     def of_packed(self, packed: jax.Array, k: int) -> jax.Array:
         """The plain meaning: carriers [k, N] of packed codes, uint8 [ceil(k/2), N]."""
@@ -102,15 +107,15 @@ def float_carrier(fmt: Int | Float, dtype: Any) -> Carrier:
 
 
 def number_carrier(numbers: Any, activations: Any, e4m3: Any) -> Carrier:
-    """A machine's numbers of 8 bits for a product with activations of a dtype.
+    """Numbers of 8 bits for a product with activations of a dtype.
 
     Args:
-        numbers: int8, e4m3fn or e5m2.
+        numbers: int8, which are there as such, or e4m3fn or e5m2, which are there as uint8.
         e4m3: the machine's own, e4m3fn or e4m3b11fnuz, whose numbers are 16 times smaller.
     """
     if jnp.dtype(numbers) == jnp.int8:
         return Carrier(jnp.int8 if jnp.dtype(activations) == jnp.int8 else jnp.bfloat16, (), 1.0)
-    if jnp.dtype(numbers) == jnp.float8_e4m3fn != e4m3:
+    if jnp.dtype(numbers) == jnp.float8_e4m3fn and e4m3 == jnp.float8_e4m3b11fnuz:
         return Carrier(e4m3, (), 2.0**-4)
     return Carrier(numbers, (), 1.0)
 

@@ -48,7 +48,8 @@ class Operands(NamedTuple):
     """Of a product [M, K] x [K, N], with G groups of K/G successive channels; 1 is per channel.
 
     x: [M, K] int8, bfloat16 or an 8-bit float.
-    w: packed 4-bit codes, uint8 [K/2, N], as in `jaxq.kernels.layout`; or int8, e4m3fn or e5m2 [K, N].
+    w: packed 4-bit codes, uint8 [K/2, N], as in `jaxq.kernels.layout`; or of 8 bits [K, N]: int8, or the codes of
+        a machine's floats, uint8.
     scale: [G, N] float32.
     rows: [M, 1] float32, the activation's scales; None is 1.
     left, right: [R, M, G] and [R, G, N], int32 where x is int8, else float32; None is no correction.
@@ -79,7 +80,7 @@ def packed_matmul(
             32, 64 or a multiple of 128: there `plain_packed_matmul` serves.
     """
     x, w, scale, _, left, right = operands
-    _check(x, w, scale)
+    _check(x, w, scale, packed=bool(carrier.fields))
     (m, k), n = x.shape, w.shape[1]
     bm, bn = blocks(m, k, n, x.dtype.itemsize)
     if k // scale.shape[0] < HALF:
@@ -162,11 +163,13 @@ def _small_groups(refs: dict, weights: tuple[jax.Array, ...], carrier: Carrier) 
 
 def _carriers(w: Any, carrier: Carrier) -> tuple[jax.Array, ...]:
     """The carriers of the low and of the high nibbles, [K/2, N] each; of weights of 8 bits all, [K, N]."""
-    if w.dtype == jnp.float8_e4m3fn != carrier.dtype:
-        return (pltpu.bitcast(without_negative_zeros(pltpu.bitcast(w[...], jnp.int32)), carrier.dtype),)
-    if w.dtype != jnp.uint8:
+    if w.dtype == jnp.int8:
         return (w[...].astype(carrier.dtype),)
-    return tuple(pltpu.bitcast(half, carrier.dtype) for half in carrier.halves(pltpu.bitcast(w[...], jnp.int32)))
+    words = pltpu.bitcast(w[...], jnp.int32)
+    if carrier.fields:
+        return tuple(pltpu.bitcast(half, carrier.dtype) for half in carrier.halves(words))
+    own = carrier.dtype != jnp.float8_e4m3b11fnuz
+    return (pltpu.bitcast(words if own else without_negative_zeros(words), carrier.dtype),)
 
 
 def _slices(x: Any, weights: tuple[jax.Array, ...], start: int, size: int) -> tuple[jax.Array, jax.Array]:
@@ -196,7 +199,7 @@ def _corrected(part: jax.Array, refs: dict, carrier: Carrier, group: slice) -> j
 def plain_packed_matmul(operands: Operands, carrier: Carrier, *, dtype: Any = jnp.float32) -> jax.Array:
     """What `packed_matmul` means, in plain jnp, for any K and any size of groups that divides it."""
     x, w, scale, rows, left, right = operands
-    c = carrier.of_packed(w, x.shape[1]) if w.dtype == jnp.uint8 else carrier.of_numbers(w)
+    c = carrier.of_packed(w, x.shape[1]) if carrier.fields else carrier.of_numbers(w)
     groups = scale.shape[0]
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     a, b = x.reshape(x.shape[0], groups, -1), c.reshape(groups, -1, c.shape[1])
@@ -208,11 +211,11 @@ def plain_packed_matmul(operands: Operands, carrier: Carrier, *, dtype: Any = jn
     return (total if rows is None else total * rows).astype(dtype)
 
 
-def _check(x: jax.Array, w: jax.Array, scale: jax.Array) -> None:
+def _check(x: jax.Array, w: jax.Array, scale: jax.Array, packed: bool) -> None:
     k, groups = x.shape[1], scale.shape[0]
-    if k != w.shape[0] * (2 if w.dtype == jnp.uint8 else 1) or scale.shape[1] != w.shape[1]:
+    if k != w.shape[0] * (1 + packed) or scale.shape[1] != w.shape[1]:
         raise ValueError(f"x {x.shape}, packed weights {w.shape} and scales {scale.shape} do not fit each other")
-    if not fits(k, groups, SMALLEST_GROUP if w.dtype == jnp.uint8 else HALF):
+    if not fits(k, groups, SMALLEST_GROUP if packed else HALF):
         raise ValueError(
             f"{k} channels in {groups} groups: the kernel takes whole blocks of 256 and groups of a multiple of 128, "
             "or of packed codes of 16, 32 or 64; plain_packed_matmul takes any"

@@ -54,7 +54,7 @@ def both(x: Integers, weights, device: str, sums: bool = True) -> tuple[jax.Arra
     packed = jaxq.pack({"w": quantize_weight(W, per_channel(weights), (0,))})["w"]
     w = weight_integers(packed)
     total = w.values.sum(0, dtype=jnp.int32, keepdims=True) if sums and isinstance(weights, Int) else None
-    assert has_kernel(x, packed.split)
+    assert has_kernel(x, packed.split, "TPU7x")
     found = packed_product(x, packed.planes[0], w, packed.split, total, device, interpret=True)
     return found, product(x, w, total, "int8")
 
@@ -81,9 +81,10 @@ def test_activations_of_8_bit_floats(activations, device):
 @pytest.mark.parametrize("weights", EIGHT, ids=str)
 def test_groups_of_weights_of_8_bits(weights):
     x, packed = read(Int(8)), jaxq.pack({"w": quantize_weight(W, per_group(weights, 128), (0,))})["w"]
-    assert has_kernel(x, packed.split, K // 128) and not has_kernel(x, packed.split, K // 64)
+    kind = "TPU v5 lite"
+    assert has_kernel(x, packed.split, kind, K // 128) and not has_kernel(x, packed.split, kind, K // 64)
     w = weight_integers(packed)
-    found = packed_product(x, packed.planes[0], w, packed.split, None, "TPU v5 lite", interpret=True)
+    found = packed_product(x, packed.planes[0], w, packed.split, None, kind, interpret=True)
     wanted = exact(x, packed)
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6 * np.abs(wanted).max())
 
@@ -94,7 +95,7 @@ def test_groups_of_weights_of_8_bits(weights):
 def test_groups(activations, weights, size):
     """The kernel's product is that of the decoded numbers."""
     x, packed = read(activations), jaxq.pack({"w": quantize_weight(W, per_group(weights, size), (0,))})["w"]
-    assert has_kernel(x, packed.split, K // size) and not has_kernel(x, packed.split, K // 8)
+    assert has_kernel(x, packed.split, "TPU7x", K // size) and not has_kernel(x, packed.split, "TPU7x", K // 8)
     w = weight_integers(packed)
     found = packed_product(x, packed.planes[0], w, packed.split, None, "TPU7x", interpret=True)
     wanted = exact(x, packed)
@@ -133,16 +134,17 @@ def test_exponents_in_the_activation(weights):
 
 
 def test_numbers_without_a_kernel():
-    whole, wide = read(Int(8)), read(Int(8, symmetric=False))
-    assert not has_kernel(whole, Int(6)) and not has_kernel(whole, None), "not 4 or 8 bits, or layers differ"
-    assert not has_kernel(whole, Float(4, 3)), "no machine's: it has a number beyond 448"
-    assert not has_kernel(Integers(X), Int(4)), "float32 would be rounded to bfloat16"
-    assert not has_kernel(wide, Float(2, 1)), "a zero point beside a float's elements"
-    assert not has_kernel(Integers(whole.values[:, :384], bound=127), Int(4)), "no whole blocks of 256"
+    whole, wide, v6e = read(Int(8)), read(Int(8, symmetric=False)), "TPU v6 lite"
+    assert not has_kernel(whole, Int(6), v6e) and not has_kernel(whole, None, v6e), "not 4 or 8 bits, or layers differ"
+    assert not has_kernel(whole, Int(8), v6e) and has_kernel(whole, Int(8), v6e, 2), "XLA is as fast"
+    assert not has_kernel(whole, Float(4, 3), v6e), "no machine's: it has a number beyond 448"
+    assert not has_kernel(Integers(X), Int(4), v6e), "float32 would be rounded to bfloat16"
+    assert not has_kernel(wide, Float(2, 1), v6e), "a zero point beside a float's elements"
+    assert not has_kernel(Integers(whole.values[:, :384], bound=127), Int(4), v6e), "no whole blocks of 256"
     prefill = Integers(jnp.zeros((65, 512), jnp.bfloat16))
-    assert has_kernel(prefill, Int(4), 8) and not has_kernel(prefill, Int(4), 16), "decoding takes less by then"
-    shifted_far = shifted(whole, jnp.zeros((1, K), jnp.int8), 1)
-    assert not has_kernel(shifted_far, Int(4)), "beyond 8 bits"
+    assert has_kernel(prefill, Int(4), v6e, 8), "groups of 64"
+    assert not has_kernel(prefill, Int(4), v6e, 16), "of 32: decoding takes less by then"
+    assert not has_kernel(shifted(whole, jnp.zeros((1, K), jnp.int8), 1), Int(4), v6e), "beyond 8 bits"
 
 
 SEARCH = jaxq.FloatSearch(rounds=1, clips=jaxq.steps.log_clips(count=3))
@@ -156,8 +158,7 @@ RECIPES = {
     "w4a16_g128": (jaxq.quantize(GROUPED, None), jnp.bfloat16),
     "w4a8_g32": (jaxq.quantize(per_group(Int(4, symmetric=False), 32), Int(8, symmetric=False)), jnp.float32),
     "nvfp4": (jaxq.quantize(jaxq.nvfp4(), None), jnp.bfloat16),
-    "w8a8": (jaxq.quantize(Int(8, symmetric=False), Int(8, symmetric=False)), jnp.float32),
-    "w8a16": (jaxq.quantize(Int(8), None), jnp.bfloat16),
+    "w8a8_g128": (jaxq.quantize(per_group(Int(8, symmetric=False), 128), Int(8, symmetric=False)), jnp.float32),
     "fp8": (jaxq.quantize(E4M3FN, E4M3FN), jnp.float32),
 }
 
@@ -262,5 +263,7 @@ def test_execute_has_no_kernel_run_elsewhere():
     assert "jaxq_packed_matmul" not in lowered(recipe, X, how="float").as_text()
     assert "jaxq_packed_matmul" not in lowered(recipe, X, kind="TPU v4").as_text()
     assert "jaxq_packed_matmul" not in lowered(recipe, X, kind=None).as_text()
-    assert "jaxq_packed_matmul" not in lowered(jaxq.quantize(Int(6), Int(8)), X).as_text()
+    w8a8 = jaxq.quantize(Int(8), Int(8))
+    assert "jaxq_packed_matmul" not in lowered(w8a8, X).as_text()
+    assert "jaxq_packed_matmul" in lowered(w8a8, X, kind="TPU7x").as_text()
     assert "jaxq_packed_matmul" not in lowered(jaxq.quantize(jaxq.per_group(Int(4), 8), Int(8)), X).as_text()
