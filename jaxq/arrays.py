@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+
+HALF = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
 class NotFinite(ValueError):
