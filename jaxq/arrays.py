@@ -16,6 +16,11 @@ class NotFinite(ValueError):
     """What a model computes holds NaN or infinity."""
 
 
+def widened(params: Any) -> Any:
+    """Half-precision leaves as float32, the others as they are."""
+    return jax.tree.map(lambda a: jnp.asarray(a).astype(jnp.float32) if a.dtype in HALF else a, params)
+
+
 def on_device(params: Any) -> Any:
     """Parameters that may be memory-mapped files as arrays of JAX, so that they are not copied at every call.
 

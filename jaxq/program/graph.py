@@ -249,9 +249,7 @@ def given_inside(node: Node) -> list[tuple[ClosedJaxpr, tuple[Operand, ...]]]:
 
 def _loop_bodies(graph: Graph, node: Node) -> list[tuple[ClosedJaxpr, list[Kind]]]:
     """The programs inside a loop or branch, with what each of their inputs is."""
-    return [
-        (closed, _inside(node, [_kind(graph, v) for v in operands])) for closed, operands in given_inside(node)
-    ]
+    return [(closed, _inside(node, [_kind(graph, v) for v in operands])) for closed, operands in given_inside(node)]
 
 
 def _inside(node: Node, kinds: list[Kind]) -> list[Kind]:

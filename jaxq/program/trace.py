@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr
 from jaxq.program import _compat
 from jaxq.program.graph import Ref, build
 from jaxq.program.groups import Layout, lay_out
-from jaxq.program.widening import Widened, same_but_views, only_widened
+from jaxq.program.widening import Widened, only_widened, same_but_views
 from jaxq.qtensor import Packed, is_qtensor
 
 
