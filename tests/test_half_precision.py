@@ -19,7 +19,6 @@ from jaxq.fold import fold
 from jaxq.program.trace import named_leaves, trace, trace_to_edit
 from jaxq.program.widening import Widened, only_widened
 from jaxq.qtensor import QTensor
-from tests.zoo.control import scan_blocks
 from tests.zoo.specimen import linear, linear_params, norm, norm_params, normal, tokens, weight
 
 RECIPES = {
@@ -73,7 +72,15 @@ def case(name: str) -> Case:
         run, run_half = (lambda p, t, g=g: nnx.merge(g, p)(t) for g in (graph32, graph))
         return Case(run, promoted(half), run_half, half, (tokens(1, 2, 6),))
     if name == "scan":
-        forward, params, inputs = scan_blocks().forward, scan_blocks().params, scan_blocks().inputs
+        layers = {"ln": norm_params(1, 2, 16), "up": linear_params(2, 2, 16, 32), "down": linear_params(3, 2, 32, 16)}
+        params, inputs = {"layers": layers, "head": weight(4, 16, 8)}, (normal(5, 2, 6, 16),)
+
+        def forward(p: Any, x: jax.Array) -> jax.Array:
+            def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+                return x + linear(jax.nn.relu(linear(norm(x, layer["ln"]), layer["up"])), layer["down"]), None
+
+            return lax.scan(body, x, p["layers"])[0] @ p["head"]
+
     else:
         params = {"embed": normal(0, 40, 16), "ln": norm_params(1, 16), "head": weight(2, 32, 40)}
         params["up"], inputs = linear_params(3, 16, 32), (tokens(3, 2, 6),)
