@@ -64,6 +64,17 @@ class Net(nnx.Module):
             return self.embed.attend(x + self.down(jax.nn.relu(self.up(self.norm(x)))))
 
 
+def scanned(p: Any, x: jax.Array) -> jax.Array:
+    def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        return x + linear(jax.nn.relu(linear(norm(x, layer["ln"]), layer["up"])), layer["down"]), None
+
+    return lax.scan(body, x, p["layers"])[0] @ p["head"]
+
+
+def plain(p: Any, t: jax.Array) -> jax.Array:
+    return jax.nn.relu(linear(norm(p["embed"][t], p["ln"]), p["up"])) @ p["head"]
+
+
 @cache
 def case(name: str) -> Case:
     if name == "nnx":
@@ -73,21 +84,10 @@ def case(name: str) -> Case:
         return Case(run, promoted(half), run_half, half, (tokens(1, 2, 6),))
     if name == "scan":
         layers = {"ln": norm_params(1, 2, 16), "up": linear_params(2, 2, 16, 32), "down": linear_params(3, 2, 32, 16)}
-        params, inputs = {"layers": layers, "head": weight(4, 16, 8)}, (normal(5, 2, 6, 16),)
-
-        def forward(p: Any, x: jax.Array) -> jax.Array:
-            def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-                return x + linear(jax.nn.relu(linear(norm(x, layer["ln"]), layer["up"])), layer["down"]), None
-
-            return lax.scan(body, x, p["layers"])[0] @ p["head"]
-
+        forward, params, inputs = scanned, {"layers": layers, "head": weight(4, 16, 8)}, (normal(5, 2, 6, 16),)
     else:
         params = {"embed": normal(0, 40, 16), "ln": norm_params(1, 16), "head": weight(2, 32, 40)}
-        params["up"], inputs = linear_params(3, 16, 32), (tokens(3, 2, 6),)
-
-        def forward(p: Any, t: jax.Array) -> jax.Array:
-            return jax.nn.relu(linear(norm(p["embed"][t], p["ln"]), p["up"])) @ p["head"]
-
+        params["up"], forward, inputs = linear_params(3, 16, 32), plain, (tokens(3, 2, 6),)
     half = as_half(params)
     return Case(forward, promoted(half), casting(forward), half, inputs)
 

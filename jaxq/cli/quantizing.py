@@ -7,7 +7,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,8 @@ def check_fold(model: Model, quantized: Quantized, inputs: tuple) -> Folded:
     first = [jnp.asarray(x[:1]) for x in inputs]
     before = jax.jit(model.forward)(cast_once(model, model.params), *first).astype(jnp.float32)
     folded = fold(model.forward, model.params, quantized.transforms, *first)
-    after = jax.jit(execute(model.forward))(folded, *first).astype(jnp.float32)
+    once = replace(folded, params=cast_once(model, folded.params))
+    after = jax.jit(execute(model.forward))(once, *first).astype(jnp.float32)
     error = float(jnp.linalg.norm((after - before).ravel()) / jnp.linalg.norm(before.ravel()))
     return Folded(folded, error)
 
