@@ -186,7 +186,8 @@ def _add(graph: Graph, eqn: Any, ins: list[Operand], at: tuple[int, ...], number
     outs = tuple(graph.new(var.aval) for var in eqn.outvars)
     node = Node(len(graph.nodes), at, eqn, tuple(ins), outs)
     graph.nodes.append(node)
-    node.bodies = tuple(build(closed, kinds) for closed, kinds in _loop_bodies(graph, node))
+    given = [(closed, [_kind(graph, v) for v in operands]) for closed, operands in given_inside(node)]
+    node.bodies = tuple(build(closed, _inside(node, kinds)) for closed, kinds in given)
     params = any(v in graph.from_params for v in ins if isinstance(v, int))
     inputs = any(v in graph.from_inputs for v in ins if isinstance(v, int))
     closed = any(v in graph.closed for v in ins if isinstance(v, int))
@@ -247,12 +248,8 @@ def given_inside(node: Node) -> list[tuple[ClosedJaxpr, tuple[Operand, ...]]]:
     return []
 
 
-def _loop_bodies(graph: Graph, node: Node) -> list[tuple[ClosedJaxpr, list[Kind]]]:
-    """The programs inside a loop or branch, with what each of their inputs is."""
-    return [(closed, _inside(node, [_kind(graph, v) for v in operands])) for closed, operands in given_inside(node)]
-
-
 def _inside(node: Node, kinds: list[Kind]) -> list[Kind]:
+    """What the inputs of a program inside a loop or branch are, given what its operands are."""
     if node.name == "cond":
         return kinds
     if node.name == "scan":
