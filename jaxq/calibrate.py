@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxq.ahead import Ahead
 from jaxq.program.tokens import Labels, label
-from jaxq.program.trace import Program, named_leaves, replace_leaves, trace
+from jaxq.program.trace import Program, named_leaves, replace_leaves, trace_to_edit
 from jaxq.qtensor import Quantized
 from jaxq.resume import of_calibration, resumed
 from jaxq.steps.compose import matches
@@ -69,14 +69,13 @@ def calibrate(
     _check_arguments(params, recipe, propagate)
     batches = [b if isinstance(b, (tuple, list)) else (b,) for b in batches]
     _check(batches, masks)
-    program = trace(forward, params, *batches[0])
+    program, leaves = trace_to_edit(forward, params, *batches[0])
     _check_patterns(program, recipe)
-    leaves = dict(named_leaves(params))
     graph = program.layout.graph
     inputs = graph.inputs[len(program.paths) :]
     envs = [dict(zip(inputs, map(jnp.asarray, jax.tree.leaves(tuple(b))), strict=True)) for b in batches]
     if checkpoint is not None:
-        _check_here(leaves, batches)
+        _check_here(dict(named_leaves(params)), batches)
         recipe = resumed(recipe, Path(checkpoint), of_calibration(program, batches, masks, propagate, recipe))
     labels, bodies = label(graph, _input_labels(program, envs[0], masks))
     valid = None if masks is None else tuple(jnp.asarray(m).astype(bool) for m in masks)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxq.contraction import along
 from jaxq.program.graph import Node
 from jaxq.program.groups import GroupPlan, Layout
-from jaxq.program.trace import named_leaves, replace_leaves, trace
+from jaxq.program.trace import replace_leaves, trace_to_edit
 from jaxq.program.views import pull
 from jaxq.qtensor import InputQuant, QTensor, Quantized, Transform, is_qtensor
 from jaxq.steps.group import through
@@ -82,14 +82,13 @@ def fold(forward: Callable, params: Any, transforms: dict[str, Transform], *inpu
     Raises:
       ValueError: a transform's group is not in the program, or its weights serve elsewhere too.
     """
-    program = trace(forward, params, *inputs)
+    program, leaves = trace_to_edit(forward, params, *inputs)
     known = {g.name: g for layout in program.layout.all() for g in layout.groups if g.kind != "lookup"}
     for name in transforms:
         if name not in known:
             raise ValueError(f"no group {name!r} in this program; it has {sorted(known)[:5]} ...")
         if known[name].shared:
             raise ValueError(f"{name}: its transform cannot go into the weights: {known[name].shared}")
-    leaves = dict(named_leaves(params))
     found: dict[str, InputQuant] = {}
     changed = _fold_layout(program.layout, leaves, transforms, found)
     return Quantized(replace_leaves(params, changed), found, transforms)

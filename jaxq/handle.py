@@ -50,15 +50,15 @@ def applied(call: Call, quant: InputQuant, x: jax.Array, axes: tuple[int, ...]) 
 
 
 def handle(place: Place, plan: GroupPlan) -> Handled:
-    group = _gather(place, plan)
-    _check_finite(group)
-    group = place.walk.step.apply(group)
+    given = _gather(place, plan)
+    _check_finite(given)
+    group = place.walk.step.apply(given)
     quant = input_quant(group)
     for member in plan.members:
         path = member.site.path
-        if path in group.weights:
+        if group.weights.get(path) is not given.weights.get(path):
             place.leaves.current[leaf_path(path)] = group.weights[path]
-        if member.bias is not None:
+        if member.bias is not None and group.biases[path] is not given.biases[path]:
             place.leaves.current[member.bias.path] = group.biases[path]
     whole = None
     left = quant

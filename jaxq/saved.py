@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.models import Model, load, model_of
+from jaxq.models import Model, cast_once, load, model_of
+from jaxq.models.build import in_float32
 from jaxq.models.hf import check_finite, read_preprocessor, read_tokenizer, save_readers
 from jaxq.program.trace import named_leaves
 from jaxq.qtensor import Quantized
@@ -20,7 +22,7 @@ from jaxq.storage import ARRAYS, STRUCTURE
 from jaxq.storage import load as load_quantized
 from jaxq.storage import save as save_quantized
 
-CONFIG = "config.json"
+CONFIG, COMPUTES_IN = "config.json", "computes_in"
 
 
 def save_model(
@@ -34,7 +36,7 @@ def save_model(
 
     Args:
       model: where the configuration and the tokenizer or preprocessor come from; its parameters are not read.
-      about: whatever JSON can say of the model.
+      about: whatever JSON can say of the model; `computes_in` is added where the model says so.
       writers: by its name, what writes a further folder in it: the same model in another format.
 
     Raises FileExistsError where `path` exists, and what `storage.save` and the writers raise.
@@ -46,7 +48,8 @@ def save_model(
         for name, write in writers.items():
             write(folder / name)
 
-    save_quantized(path, quantized, about, further)
+    computes_in = {} if model.computes_in is None else {COMPUTES_IN: model.computes_in}
+    save_quantized(path, quantized, about | computes_in, further)
 
 
 def load_model(name_or_dir: str | os.PathLike[str]) -> tuple[Model, Quantized]:
@@ -60,7 +63,14 @@ def load_model(name_or_dir: str | os.PathLike[str]) -> tuple[Model, Quantized]:
         return model, Quantized(model.params)
     quantized, about = load_quantized(path)
     config, name = _config(path / CONFIG), str(about.get("name", path.name))
-    return model_of(config, quantized.params, read_tokenizer(path), name, read_preprocessor(path)), quantized
+    model = model_of(config, quantized.params, read_tokenizer(path), name, read_preprocessor(path))
+    return (in_float32(model) if about.get(COMPUTES_IN) else model), quantized
+
+
+def load_to_run(name_or_dir: str | os.PathLike[str]) -> tuple[Model, Quantized]:
+    """As `load_model`, for many calls: what the model would cast at each of them is cast now."""
+    model, quantized = load_model(name_or_dir)
+    return model, replace(quantized, params=cast_once(model, quantized.params))
 
 
 def check_weights(name_or_dir: str | os.PathLike[str]) -> None:

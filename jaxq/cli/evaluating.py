@@ -30,7 +30,7 @@ from jaxq.evaluate import (
 from jaxq.execute import execute
 from jaxq.models import load
 from jaxq.report import console, table
-from jaxq.saved import check_weights, load_model
+from jaxq.saved import check_weights, load_to_run
 from jaxq.sites import WIDTH, sites
 
 LONGEST = 2048  # tokens that a task's item may have, where a model's positions have no end
@@ -48,7 +48,7 @@ def blaming_weights(name: str) -> Iterator[None]:
 
 def perplexity_command(name: str, text: Path, length: int, batch_size: int | None, out: Path | None) -> None:
     documents = read_documents(text)
-    model, quantized = load_model(name)
+    model, quantized = load_to_run(name)
     if not model.causal:
         raise ValueError(
             f"{name} is an encoder, which has no perplexity: measure it by `--sts`, `--classify` or `--images`"
@@ -62,7 +62,7 @@ def perplexity_command(name: str, text: Path, length: int, batch_size: int | Non
 
 def sts_command(name: str, pairs: Path, length: int, batch_size: int, out: Path | None) -> None:
     rows = read_sts(pairs)
-    model, quantized = load_model(name)
+    model, quantized = load_to_run(name)
     length, forward, few = within_context(model, length), execute(model.forward), (1, 8)
     like = jax.ShapeDtypeStruct(few, jnp.int32), jax.ShapeDtypeStruct(few, jnp.bool_)
     shape = jax.eval_shape(forward, quantized, *like).shape
@@ -80,7 +80,7 @@ def tasks_command(name: str, tasks: list[str], limit: int | None, batch_size: in
     except ModuleNotFoundError as error:
         raise ValueError(f'--tasks needs lm-evaluation-harness (no {error.name}): pip install "jaxq[eval]"') from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it says much about its defaults
-    model, quantized = load_model(name)
+    model, quantized = load_to_run(name)
     if not model.causal:
         raise ValueError(f"{name} is an encoder; tasks are for language models")
     context = within_context(model, model.config.get("max_position_embeddings") or LONGEST)
@@ -101,7 +101,7 @@ def tasks_command(name: str, tasks: list[str], limit: int | None, batch_size: in
 
 def classify_command(name: str, file: Path, length: int, batch_size: int, out: Path | None) -> None:
     rows = read_labelled(file)
-    model, quantized = load_model(name)
+    model, quantized = load_to_run(name)
     length = within_context(model, length)
     forward, progress = execute(model.forward), console().is_terminal
     found = classify(forward, quantized, model, rows, batch_size, length, progress)
@@ -111,7 +111,7 @@ def classify_command(name: str, file: Path, length: int, batch_size: int, out: P
 
 def images_command(name: str, file: Path, batch_size: int, out: Path | None) -> None:
     images, labels = read_images(file)
-    model, quantized = load_model(name)
+    model, quantized = load_to_run(name)
     forward, progress = execute(model.forward), console().is_terminal
     found = classify_images(forward, quantized, model, images, labels, batch_size, progress)
     _say_accuracy(name, file, found)

@@ -13,13 +13,13 @@ from jaxq.generate import generate
 from jaxq.models import Model
 from jaxq.pack import pack
 from jaxq.report import console, say, table
-from jaxq.saved import load_model
+from jaxq.saved import load_to_run
 
 
 def generate_command(
     name: str, prompt: str, count: int, cache: str, packed: bool, temperature: float, seed: int, out: Path | None
 ) -> None:
-    model, quantized = load_model(name)
+    model, quantized = load_to_run(name)
     if not model.causal:
         raise ValueError(f"{name} is an encoder, which does not go on with a text")
     tokens = _tokens(model, prompt)

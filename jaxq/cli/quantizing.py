@@ -7,7 +7,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from jaxq.clipping import Clipping
 from jaxq.execute import execute
 from jaxq.fold import fold
 from jaxq.formats import AnyFloat, Float, Format
-from jaxq.models import Model, load
+from jaxq.models import Model, cast_once, load
 from jaxq.program.trace import trace
 from jaxq.qtensor import Grid, Quantized, is_qtensor
 from jaxq.recipe_steps import calibrate_recipe, searches_percentile, to_step
@@ -116,10 +116,13 @@ def count_groups(model: Model, recipe: RecipeFile, inputs: tuple) -> int:
 
 def check_fold(model: Model, quantized: Quantized, inputs: tuple) -> Folded:
     """Law 1 on the whole model: the transforms, without any quantization, leave its outputs as they were."""
+    if not quantized.transforms:
+        return Folded(Quantized(model.params), 0.0)
     first = [jnp.asarray(x[:1]) for x in inputs]
+    before = jax.jit(model.forward)(cast_once(model, model.params), *first).astype(jnp.float32)
     folded = fold(model.forward, model.params, quantized.transforms, *first)
-    before = jax.jit(model.forward)(model.params, *first).astype(jnp.float32)
-    after = jax.jit(execute(model.forward))(folded, *first).astype(jnp.float32)
+    once = replace(folded, params=cast_once(model, folded.params))
+    after = jax.jit(execute(model.forward))(once, *first).astype(jnp.float32)
     error = float(jnp.linalg.norm((after - before).ravel()) / jnp.linalg.norm(before.ravel()))
     return Folded(folded, error)
 

@@ -1,13 +1,15 @@
 """From a configuration to a pure forward function and the layout of its parameters."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import jax
 from flax import nnx
 
+from jaxq.arrays import widened
 from jaxq.models import bert, bloom, llama, mistral, opt, qwen, vit
+from jaxq.models.checkpoint import release
 from jaxq.models.family import Family
 
 Params = dict[Any, Any]
@@ -49,15 +51,16 @@ class Model:
     """A language model, encoder or classifier of images as jaxq sees one: a pure function and the parameters it takes.
 
     ``forward(params, tokens, mask=None)``: ``tokens`` int32 ``[B, T]``, ``mask`` bool or int ``[B, T]`` (1 = a real
-    token) -> logits ``[B, T, V]``; it computes in the parameters' type. BERT takes token types ``[B, T]`` after the
-    mask, and gives what its architecture does: hidden states ``[B, T, D]``, logits ``[B, T, V]`` or ``[B, labels]``.
+    token) -> logits ``[B, T, V]``; it computes in the parameters' type, or ``computes_in``. BERT takes token types
+    ``[B, T]`` after the mask, and gives what its architecture does: hidden states ``[B, T, D]``, logits ``[B, T, V]``
+    or ``[B, labels]``.
     ViT's is ``forward(params, pixels)``: float ``[B, H, W, C]`` -> logits ``[B, labels]``.
     ``step(params, tokens, caches, position)`` is the same function for a text read piece by piece, see
     ``decoder.Decoder.step``; ``kept`` are the heads and channels of what each layer's cache holds, none in an encoder.
     ``params`` is a nested dict with Flax's layout (``layers/0/attn/q/kernel``; kernels ``[in, out]``). ``config`` is
     the content of ``config.json``, ``tokenizer`` a transformers tokenizer or what acts as one
     (``tokenizer.TextTokenizer``), ``preprocessor`` the content of ``preprocessor_config.json``, or None where there is
-    none.
+    none. ``computes_in``: the type that half-precision parameters are cast to first; None: they are not.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Model:
     params: Params
     tokenizer: Any
     preprocessor: dict[str, Any] | None = None
+    computes_in: Literal["float32"] | None = None
 
     @property
     def causal(self) -> bool:
@@ -95,6 +99,28 @@ def model_of(
     """
     made = build(config, name)
     return Model(name, made.family, dict(config), made.forward, made.step, made.kept, params, tokenizer, preprocessor)
+
+
+def in_float32(model: Model) -> Model:
+    """The model that computes in float32 what parameters in half precision say; of no others it is another."""
+
+    def casting(function: Callable) -> Callable:
+        return lambda params, *inputs: function(widened(params), *inputs)
+
+    return replace(model, forward=casting(model.forward), step=casting(model.step), computes_in="float32")
+
+
+def cast_once(model: Model, params: Params) -> Params:
+    """Parameters as ``forward`` and ``step`` cast them at every call, for there are to be many: leaf by leaf, so that
+    a mapped file need not stay in memory beside them."""
+
+    def converted(leaf: Any) -> Any:
+        found = jax.block_until_ready(widened(leaf))
+        if found is not leaf:
+            release(leaf)
+        return found
+
+    return params if model.computes_in is None else jax.tree.map(converted, params)
 
 
 def init(config: Mapping[str, Any], seed: int = 0) -> Params:

@@ -11,10 +11,10 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
-from jaxq.models.build import FAMILIES, Model, Params, build, flat
+from jaxq.arrays import HALF
+from jaxq.models.build import FAMILIES, Model, Params, build, flat, in_float32
 from jaxq.models.checkpoint import CODES, file_of, read_tensors, release, write_tensors
 from jaxq.models.family import Family
 from jaxq.models.tokenizer import open_tokenizer
@@ -22,7 +22,6 @@ from jaxq.models.tokenizer import open_tokenizer
 EMBEDDED = Path(__file__).parent / "embedded"
 DOWNLOADED = ["model*.safetensors", "model.safetensors.index.json", "*.json", "tokenizer*", "merges.txt", "vocab.txt"]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-HALF = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 PREPROCESSOR = "preprocessor_config.json"
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -30,12 +29,11 @@ LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bia
 def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
     """Load a checkpoint: an embedded model's name ("stdlib-opt"), a directory in Hugging Face format, or a hub name.
 
-    The leaves of ``params`` are read-only numpy views of the mapped files, nothing is read before it is used; only
-    half-precision weights are promoted to float32, which takes twice the file's size in memory. ``dtype`` asks for
-    another type: ``ml_dtypes.bfloat16`` leaves a bfloat16 checkpoint mapped and computes in bfloat16. To compute in
-    float32 all the same, cast in the function, ``lambda params, *inputs: model.forward(jax.tree.map(lambda leaf:
-    leaf.astype(jnp.float32), params), *inputs)``. Quantized so, what a weight's codes decode to is rounded to bfloat16,
-    and so is what a fold writes, which ``calibrate`` refuses where that changes the function: hence the promotion.
+    The leaves of ``params`` are read-only numpy views of the mapped files, nothing is read before it is used. The model
+    computes in float32 all the same: half-precision parameters are the first thing that ``forward`` and ``step`` cast.
+    ``calibrate`` casts them one by one, and what it writes in their place is float32. Who calls ``forward`` often and
+    has the memory casts them before (``cast_once(model, params)``). ``dtype`` asks for another type: leaves that have
+    it stay mapped, the others are converted now, and the model computes in it.
 
     Raises FileNotFoundError (no such model, missing file or shard, hub not reached) and ValueError (unsupported
     architecture, corrupt or pickled weights, a tensor missing, unexpected or of the wrong shape).
@@ -44,10 +42,11 @@ def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
     config = _read_json(directory / "config.json")
     made = build(config, str(directory / "config.json"))
     params = _import(made.layout, FAMILIES[made.family], read_tensors(directory), directory)
-    with ThreadPoolExecutor() as pool:
-        leaves = pool.map(lambda leaf: _converted(leaf, _leaf_dtype(leaf.dtype, dtype)), jax.tree.leaves(params))
-        params = jax.tree.unflatten(jax.tree.structure(params), leaves)
-    return Model(
+    if dtype is not None:
+        with ThreadPoolExecutor() as pool:
+            leaves = pool.map(lambda leaf: _converted(leaf, np.dtype(dtype)), jax.tree.leaves(params))
+            params = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    model = Model(
         str(name_or_dir),
         made.family,
         config,
@@ -58,6 +57,7 @@ def load(name_or_dir: str | Path, dtype: Any = None) -> Model:
         read_tokenizer(directory),
         read_preprocessor(directory),
     )
+    return in_float32(model) if dtype is None and any(leaf.dtype in HALF for leaf in jax.tree.leaves(params)) else model
 
 
 def check_finite(name_or_dir: str | Path) -> None:
@@ -172,12 +172,6 @@ def read_tokenizer(directory: Path) -> Any:
         raise ValueError(
             f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {why}); download or copy it again"
         ) from error
-
-
-def _leaf_dtype(stored: np.dtype, asked: Any) -> np.dtype:
-    if asked is not None:
-        return np.dtype(asked)
-    return np.dtype(np.float32) if stored in HALF else stored
 
 
 def _converted(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -186,7 +186,8 @@ def _add(graph: Graph, eqn: Any, ins: list[Operand], at: tuple[int, ...], number
     outs = tuple(graph.new(var.aval) for var in eqn.outvars)
     node = Node(len(graph.nodes), at, eqn, tuple(ins), outs)
     graph.nodes.append(node)
-    node.bodies = tuple(build(closed, kinds) for closed, kinds in _loop_bodies(graph, node))
+    given = [(closed, [_kind(graph, v) for v in operands]) for closed, operands in given_inside(node)]
+    node.bodies = tuple(build(closed, _inside(node, kinds)) for closed, kinds in given)
     params = any(v in graph.from_params for v in ins if isinstance(v, int))
     inputs = any(v in graph.from_inputs for v in ins if isinstance(v, int))
     closed = any(v in graph.closed for v in ins if isinstance(v, int))
@@ -234,24 +235,30 @@ def _follow_view(graph: Graph, node: Node, numbered: dict) -> None:
     graph.same[out] = root if identity else numbered.setdefault((root, view), out)
 
 
-def _loop_bodies(graph: Graph, node: Node) -> list[tuple[ClosedJaxpr, list[Kind]]]:
-    """The programs inside a loop or branch, with what each of their inputs is."""
-    kinds = [_kind(graph, v) for v in node.ins]
+def given_inside(node: Node) -> list[tuple[ClosedJaxpr, tuple[Operand, ...]]]:
+    """The programs inside a loop or branch, with the operand that each of their inputs starts as."""
+    if node.name == "scan":
+        return [(node.params["jaxpr"], node.ins)]
+    if node.name == "cond":
+        return [(branch, node.ins[1:]) for branch in node.params["branches"]]
+    if node.name == "while":
+        skip = node.params["cond_nconsts"]
+        carry = node.ins[skip + node.params["body_nconsts"] :]
+        return [(node.params["cond_jaxpr"], node.ins[:skip] + carry), (node.params["body_jaxpr"], node.ins[skip:])]
+    return []
+
+
+def _inside(node: Node, kinds: list[Kind]) -> list[Kind]:
+    """What the inputs of a program inside a loop or branch are, given what its operands are."""
+    if node.name == "cond":
+        return kinds
     if node.name == "scan":
         split = _compat.scan_split(node.eqn)
-        outside = split.consts + split.carry
-        inside = kinds[: split.consts] + [_mixed(k) for k in kinds[split.consts : outside]]
-        return [(node.params["jaxpr"], inside + [_slice(k) for k in kinds[outside:]])]
-    if node.name == "cond":
-        return [(branch, kinds[1:]) for branch in node.params["branches"]]
-    if node.name == "while":
-        skip, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
-        carry = [_mixed(k) for k in kinds[skip + consts :]]
-        return [
-            (node.params["cond_jaxpr"], kinds[:skip] + carry),
-            (node.params["body_jaxpr"], kinds[skip : skip + consts] + carry),
-        ]
-    return []
+        start, stop = split.consts, split.consts + split.carry
+    else:
+        stop = len(kinds)
+        start = stop - (len(node.ins) - node.params["cond_nconsts"] - node.params["body_nconsts"])
+    return [*kinds[:start], *map(_mixed, kinds[start:stop]), *map(_slice, kinds[stop:])]
 
 
 def _kind(graph: Graph, v: Operand) -> Kind:

@@ -83,7 +83,7 @@ def _renumber(graph: Graph, nodes: list[Node], writes: tuple[int, ...], stop: se
         ops.append(Op(node.eqn, ins, outs))
     outputs = tuple(n for v in writes if isinstance(n := use(v), int))
     key = (
-        tuple((op.eqn.primitive.name, tuple(map(_print, op.ins)), op.outs, _print(op.eqn.params)) for op in ops),
+        tuple((op.eqn.primitive.name, tuple(map(stand_in, op.ins)), op.outs, stand_in(op.eqn.params)) for op in ops),
         tuple((number[v], str(graph.avals[v])) for v in reads),
         outputs,
     )
@@ -108,16 +108,16 @@ def alike(graph: Graph, segments: Sequence[Segment]) -> list[Segment]:
     return [widened(segment) for segment in segments]
 
 
-def _print(value: Any) -> Any:
+def stand_in(value: Any) -> Any:
     """A hashable stand-in for an equation's parameter or constant: equal stand-ins mean equal computations."""
     if isinstance(value, Const):
-        return ("const", _print(value.value))
+        return ("const", stand_in(value.value))
     if isinstance(value, dict):
-        return tuple((k, _print(v)) for k, v in sorted(value.items()))
+        return tuple((k, stand_in(v)) for k, v in sorted(value.items()))
     if isinstance(value, (tuple, list)):
-        return tuple(_print(v) for v in value)
+        return tuple(stand_in(v) for v in value)
     if isinstance(value, ClosedJaxpr):
-        return (str(value.jaxpr), tuple(map(_print, value.consts)))
+        return (str(value.jaxpr), tuple(map(stand_in, value.consts)))
     if isinstance(value, Jaxpr):
         return str(value)
     if isinstance(value, (np.ndarray, np.generic)):

@@ -13,6 +13,7 @@ from jax.extend.core import ClosedJaxpr
 from jaxq.program import _compat
 from jaxq.program.graph import Ref, build
 from jaxq.program.groups import Layout, lay_out
+from jaxq.program.widening import Widened, only_widened, same_but_views
 from jaxq.qtensor import Packed, is_qtensor
 
 
@@ -57,6 +58,8 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.eval_shape(leaf.dequantize) if under_mesh else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     if is_qtensor(leaf):
         return _compat.shape_of(leaf.codes, leaf.dtype)
+    if isinstance(leaf, Widened):
+        return leaf.abstract()
     if isinstance(leaf, jax.Array):
         return _compat.shape_of(leaf, leaf.dtype)
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -79,3 +82,21 @@ def trace(forward: Callable, params: Any, *inputs: Any) -> Program:
     count = len(closed.jaxpr.invars) - len(paths)
     kinds = [Ref(path, tuple(aval.shape)) for path, aval in zip(paths, closed.in_avals)] + ["input"] * count
     return Program(closed, paths, lay_out(build(closed, kinds)), jax.tree.structure(out_shape))
+
+
+def trace_to_edit(forward: Callable, params: Any, *inputs: Any) -> tuple[Program, dict[str, Any]]:
+    """`trace`, and the leaves by path, of a function whose parameters are going to be changed.
+
+    Half-precision arrays that the function reads as float32 only are `Widened`, and the program is that of float32
+    ones: what is written in their place need not be rounded to half precision. Not so where the function does something
+    else with float32 ones than to leave out the casts, since it asks for their types.
+    """
+    program, leaves = trace(forward, params, *inputs), dict(named_leaves(params))
+    paths = [path for path in only_widened(program.layout.graph) if not is_qtensor(leaves[path])]
+    if not paths:
+        return program, leaves
+    widened = {path: Widened(leaves[path]) for path in paths}
+    wide = trace(forward, replace_leaves(params, widened), *inputs)
+    if not same_but_views(program.layout.graph, wide.layout.graph):
+        return program, leaves
+    return wide, leaves | widened

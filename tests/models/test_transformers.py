@@ -145,8 +145,9 @@ def test_sharded_half_precision_checkpoint_loads_in_transformers(tmp_path):
     tokens = np.load(GOLDEN / "opt" / "expected.npz")["tokens"]
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
     assert found.dtype == torch.float16
+    again = load(tmp_path / "saved")
     np.testing.assert_allclose(
-        jax.jit(model.forward)(load(tmp_path / "saved").params, tokens),
+        jax.jit(again.forward)(again.params, tokens),
         torch_logits(tmp_path / "saved", tokens),
         rtol=3e-2,
         atol=3e-2,
