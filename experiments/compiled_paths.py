@@ -7,7 +7,8 @@
 time. Columns: `by`, Pallas (the kernel of `jaxq.kernels.packed_matmul`) or XLA; `temporary`, bytes of device memory
 beside arguments and result; `moved`, bytes that the program's operations read from device memory and write to it, a
 buffer that the compiler keeps on the chip not counted; `bytes`, `moved` over the bytes of arguments and result, which
-is the floor; `cycles`, as a TPU's compiler estimates them for XLA's operations (of the kernel: see `tpu_compiled.py`);
+is the floor; `bundles`, of a TPU, the instruction bundles that all operations run through in their final schedules,
+which wait neither for memory nor for a matrix unit (the compiler's own estimates of cycles are up to twice as many);
 `floor`, the cycles that the matrix units or the memory take at least, whichever is more. Nothing here is a measured
 time.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
+from math import prod
 from pathlib import Path
 
 import jax
@@ -30,8 +32,10 @@ from tpu_compiled import prepare as prepare_tpu
 
 import jaxq
 from jaxq.formats import Float, Int
+from jaxq.kernels.packed_matmul import blocks
 
 K = N = 4096
+KERNEL = "jaxq_packed_matmul"
 UINT4, E2M1, E4M3 = Int(4, symmetric=False), Float(2, 1), Float(4, 3, reserved=1)
 PATHS = {  # weights, activations, the type of the fastest matrix units that hold both exactly
     "bf16": (None, None, "bfloat16"),
@@ -105,6 +109,31 @@ def moved(program: str) -> int:
     return total
 
 
+def bundles(program: str, dump: Path, rows: int) -> int:
+    """Of the schedules that a TPU's compiler has left in a folder, each as often as its operation's loop goes round."""
+    total = 0
+    for file in dump.glob("*-schedule-analysis_final_bundles.txt"):
+        name = re.sub(r"^\d+-|-\d+-schedule-analysis_final_bundles.txt$", "", file.name)
+        operation = re.search(rf"%{re.escape(name)} = .*", program)
+        if operation is None:  # what starts and ends the program
+            continue
+        bounds = re.search(r'iteration_bounds":\[(.*?)\]', operation[0])
+        rounds = prod(int(n) for n in re.findall(r"\d+", bounds[1])) if bounds else 1
+        if KERNEL in name:
+            x = re.search(rf"(\w+)\[{rows},{K}\]", operands_of(operation[0], program))
+            assert x is not None
+            bm, bn = blocks(rows, K, N, int(bytes_of(x[1])))
+            rounds = -(-rows // bm) * -(-N // bn)
+        total += int(re.findall(r"total.*?(\d+)", file.read_text())[0]) * rounds
+    return total
+
+
+def operands_of(operation: str, program: str) -> str:
+    """The shapes of an operation's operands."""
+    names = re.findall(r"%[\w.-]+", operation.split("custom-call(")[1].split(")")[0])
+    return " ".join(found[1] for name in names if (found := re.search(rf"{re.escape(name)} = (\S+)", program)))
+
+
 def in_memory(shape: str) -> int:
     """Bytes of a shape, or of a tuple of them, that are in device memory."""
     total = 0.0
@@ -126,18 +155,20 @@ def device_of(spec: Target) -> jax.Device:
     return topologies.get_topology_desc(platform="tpu", topology_name=spec.topology).devices[0]
 
 
-def row(path: str, tree: jaxq.Quantized, target: str, rows: int) -> dict:
+def row(path: str, tree: jaxq.Quantized, target: str, rows: int, dump: Path) -> dict:
     """One row of the table."""
     spec = H200 if target == "h200" else TARGETS[target]
+    for file in dump.iterdir():
+        file.unlink()
     program = compiled(tree, rows, device_of(spec))
     text, memory = program.as_text(), program.memory_analysis()
     least = sum(a.nbytes for a in jax.tree.leaves(tree)) + rows * (K + N) * 2
     rate = spec.macs.get(PATHS[path][2], spec.macs["bfloat16"])
-    by_kernel = "jaxq_packed_matmul" in text
+    by_kernel = KERNEL in text
     return {
         "path": path, "target": target, "rows": rows, "by": "Pallas" if by_kernel else "XLA",
         "temporary": memory.temp_size_in_bytes, "moved": moved(text), "bytes": round(moved(text) / least, 2),
-        "cycles": sum(map(int, re.findall(r'estimated_cycles":"(\d+)', text))),
+        "bundles": 0 if spec is H200 else bundles(text, dump, rows),
         "floor": round(max(rows * K * N / rate, least / spec.bytes_per_cycle)),
     }  # fmt: skip
 
@@ -162,7 +193,7 @@ def main() -> None:
         prepare(args.targets, Path(dump))
         trees = {path: packed(path) for path in args.paths}
         rows = (
-            row(path, tree, target, count)
+            row(path, tree, target, count, Path(dump))
             for path, tree in trees.items()
             for target in args.targets
             for count in args.rows

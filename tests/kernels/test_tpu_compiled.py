@@ -16,6 +16,9 @@ PUSHED = {  # what the matrix units hold: the weights' carriers
     "int4": {"v5e": "f8e4m3b11.bf16", "v6e": "f8e4m3b11.bf16", "v7x": "f8e4m3"},
     "float": {"v5e": "bf8.bf16", "v6e": "bf8.bf16", "v7x": "f8e5m2"},
     "e2m1_a4": {"v5e": "bf8.bf16", "v6e": "bf8.bf16", "v7x": "f8e4m3"},
+    "w8a8": {"v5e": "s8", "v6e": "s8", "v7x": "bf16"},
+    "w8a16": {"v5e": "bf16", "v6e": "bf16", "v7x": "bf16"},  # an int8's seven digits are no float's of 8 bits
+    "fp8": {"v5e": "f8e4m3b11.bf16", "v6e": "f8e4m3b11.bf16", "v7x": "f8e4m3"},
 }
 
 
@@ -50,6 +53,6 @@ def test_one_kernel_compiles():
 @pytest.mark.parametrize("target", ["v5e", "v6e", "v7x"])
 def test_all_kernels_compile(target):
     rows = rows_of("tpu_compiled.py", "--targets", target, "--rows", "16", "256")
-    assert len(rows) == 23
+    assert len(rows) == 35
     for row in rows:
         check(row)
