@@ -46,7 +46,7 @@ def row(function: str, name: str, scales: str, dump: Path) -> dict:
         traced.lower(lowering_platforms=("cuda",)).compile()
     programs = [re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][\w.]+)\s", f.read_text(), re.M) for f in dump.glob("*.ptx")]
     ptx = max(programs, key=len)
-    numbers = ptx.count("cvt.rni.f32.f32")
+    numbers = ptx.count("cvt.f32.bf16")
 
     def count(*kinds: str) -> int:
         return sum(op.startswith(kinds) for op in ptx)
