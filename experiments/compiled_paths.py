@@ -63,6 +63,7 @@ PATHS = {  # weights, activations, the type of the fastest matrix units that hol
 }  # fmt: skip
 # 132 multiprocessors at 1.83 GHz, 4.8 TB/s. FP8 is multiplied in bfloat16: the tensor cores' sums of FP8 are not exact.
 H200 = Target("h200", "NVIDIA H200", {"int8": 132 * 4096, "bfloat16": 132 * 2048}, 4800 / 1.83)
+SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")  # type, sizes, layout
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
@@ -102,6 +103,9 @@ def moved(program: str) -> int:
     for _, shape, kind, operands in operations:
         if kind in ("parameter", "bitcast", "tuple", "get-tuple-element", "constant") or kind.endswith("-done"):
             continue
+        if kind == "slice-start":  # ((from), to, ...)
+            total += in_memory(shape.split("), ")[1].split("}")[0] + "}") + sum(map(size_of, SHAPE.findall(shape)[1:2]))
+            continue
         if kind.endswith("-start"):  # (to, from, ...)
             total += in_memory(shape.split("}")[0] + "}") + sum(map(in_memory, [shapes[operands.split(",")[0]]]))
             continue
@@ -136,11 +140,13 @@ def operands_of(operation: str, program: str) -> str:
 
 def in_memory(shape: str) -> int:
     """Bytes of a shape, or of a tuple of them, that are in device memory."""
-    total = 0.0
-    for kind, sizes, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape):
-        if "S(" not in layout:
-            total += bytes_of(kind) * np.prod([int(n) for n in sizes.split(",") if n])
-    return int(total)
+    return sum(size_of(found) for found in SHAPE.findall(shape) if "S(" not in found[2])
+
+
+def size_of(shape: tuple[str, str, str]) -> int:
+    """Bytes of what `SHAPE` finds."""
+    kind, sizes, _ = shape
+    return int(bytes_of(kind) * prod(int(n) for n in sizes.split(",") if n))
 
 
 def bytes_of(kind: str) -> float:
