@@ -1,12 +1,13 @@
 """How OS+'s coarse-to-fine search compares with the exhaustive one, by rule: on the losses of all thresholds of all
 groups of a model, recorded once.
 
-    python experiments/search_table.py MODEL --calibration TRAIN.txt --length 256 [--outliers]
+    python experiments/search_table.py MODEL --calibration TRAIN.txt --length 256 [--outliers] [--batches 4]
     python experiments/search_table.py MODEL --calibration STS-TRAIN.csv
 
 Integers of 8, 6 and 4 bits per tensor, of 4 per token, and floats of 4 bits, each with and without the shift; weights
-per channel. `--outliers` magnifies one channel in 64 before (4 to 30 times, and divides the weights): the function
-stays the same, and the thresholds' losses look like those of models with outliers.
+per channel; losses on one microbatch of 8, or on more. `--outliers` magnifies one channel in 64 before (4 to 30 times,
+and divides the weights): the function stays the same, and the thresholds' losses look like those of models with
+outliers.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def outliers() -> Step:
     return Step(touch(foldable), apply)
 
 
-def curves(model, batches: list, masks: list | None, before: Step) -> list[np.ndarray]:
+def curves(model, batches: list, masks: list | None, before: Step, looked_at: int) -> list[np.ndarray]:
     head = [] if not model.causal else ["lm_head*"] if "lm_head" in model.params else ["embed*"]
     found: list[np.ndarray] = []
 
@@ -65,7 +66,7 @@ def curves(model, batches: list, masks: list | None, before: Step) -> list[np.nd
 
     for end in NUMBERS.values():
         for shift in (channel_shift(), nothing()):
-            recipe = jaxq.chain(before, shift, channel_scale(search=exhaustive()), end)
+            recipe = jaxq.chain(before, shift, channel_scale(search=exhaustive(), batches=looked_at), end)
             jaxq.calibrate(model.forward, model.params, batches, jaxq.skip(head, recipe), masks=masks, on_group=note)
     return found
 
@@ -82,6 +83,7 @@ def main() -> None:
     args.add_argument("--calibration", type=Path, required=True)
     args.add_argument("--length", type=int, default=256)
     args.add_argument("--samples", type=int, default=32, help="windows or sentences calibrated on")
+    args.add_argument("--batches", type=int, default=1, help="of 8 each, that the losses are of")
     args.add_argument("--outliers", action="store_true")
     given = args.parse_args()
     model = load(given.model)
@@ -92,7 +94,7 @@ def main() -> None:
     else:
         tokens = pack(read_documents(given.calibration), model.tokenizer, given.length)[: given.samples]
         masks, batches = None, [(b,) for b in np.split(tokens, len(tokens) // 8)]
-    found = curves(model, batches, masks, outliers() if given.outliers else nothing())
+    found = curves(model, batches, masks, outliers() if given.outliers else nothing(), given.batches)
     print(f"{given.model}: {len(found)} groups of {min(map(len, found))} to {max(map(len, found))} candidates")
     for name, rule in RULES.items():
         counts, excess, same = map(np.array, zip(*(tried(rule, losses) for losses in found)))

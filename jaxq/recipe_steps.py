@@ -138,7 +138,9 @@ def searches_percentile(recipe: RecipeFile) -> bool:
 def _method(method: Method) -> Step:
     if isinstance(method, OSPlus):
         where = GROUPS[method.groups]
-        scale = channel_scale(method.lower, method.candidates, SEARCHES[method.search], where=where)
+        scale = channel_scale(
+            method.lower, method.candidates, SEARCHES[method.search], where=where, batches=method.batches
+        )
         return os_plus(channel_shift() if method.shift else nothing(), scale)
     if isinstance(method, SmoothQuant):
         return smooth_quant(method.alpha, where=GROUPS[method.groups])

@@ -39,7 +39,8 @@ HEAD_NAMES = ("lm_head/*", "embed*")
 
 
 class OSPlus(Part):
-    """Outlier Suppression+: channel-wise shift, and the scale searched over `candidates` clip values above `lower`."""
+    """Outlier Suppression+: channel-wise shift, and the scale searched over `candidates` clip values above `lower`, for
+    the least error on the first `batches` calibration batches (None: on all)."""
 
     name: Literal["os_plus"]
     lower: PositiveFloat = 1.0
@@ -47,6 +48,7 @@ class OSPlus(Part):
     search: Literal["exhaustive", "fast"] = "exhaustive"
     shift: bool = True
     groups: MigratedGroups = "norms"
+    batches: PositiveInt | None = 4
 
 
 class SmoothQuant(Part):

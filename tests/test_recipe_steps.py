@@ -122,6 +122,15 @@ def test_a_recipe_is_what_its_steps_are():
     assert len(norms.transforms) == 4 and len(found.transforms) == 6, "down projections are not fed by a norm"
 
 
+@pytest.mark.parametrize("keys, want", [({}, 4), ({"batches": 1}, 1), ({"batches": None}, None)])
+def test_os_plus_searches_on_as_many_batches(keys, want, monkeypatch):
+    asked = {}
+    watched = lambda *args, **given: asked.update(given) or channel_scale(*args, **given)  # noqa: E731
+    monkeypatch.setattr(recipe_steps, "channel_scale", watched)
+    to_step(made(method={"name": "os_plus", **keys}))
+    assert asked["batches"] == want
+
+
 def test_granularities_reach_the_model():
     model = tiny_model(OPT)
     for granularity, kind in {"tensor": PerTensor(), "token": PerToken()}.items():

@@ -140,6 +140,8 @@ ASYMMETRIC_LSQ = {"bits": 8, "symmetric": False, "observer": {"name": "lsq_plus"
         ),
         ({"method": {"name": "os_plus", "lower": "1e-3"}}, r"method\.lower: should be a valid number, found '1e-3'"),
         ({"method": {"name": "os_plus", "candidates": 0}}, r"method\.candidates: should be greater than 0, found 0"),
+        ({"method": {"name": "os_plus", "batches": 0}}, r"method\.batches: should be greater than 0, found 0"),
+        ({"method": {"name": "os_plus", "batches": "all"}}, r"method\.batches: should be a valid integer, found 'all'"),
         ({"weights": {}}, r"weights\.bits: this key is missing"),
         ({"weights": {"bits": "8"}}, r"weights\.bits: should be a valid integer, found '8'"),
         ({"weights": {"bits": True}}, r"weights\.bits: should be a valid integer, found True"),

@@ -46,7 +46,7 @@ def channel_scale(
     search: Search = coarse_to_fine(),
     objective: Choose = as_the_paper,
     where: Where = foldable,
-    batches: int | None = 1,
+    batches: int | None = 4,
 ) -> Step:
     """The scale that squeezes outlying channels to a threshold t, with the t of least quantized error (OS+, eq. 5-8).
 
@@ -58,7 +58,8 @@ def channel_scale(
       search: `exhaustive()` or `coarse_to_fine()`.
       objective: which error counts.
       where: which groups, by what is known of them.
-      batches: how many microbatches the search looks at (the paper's code: 1); None is all.
+      batches: how many microbatches, the first ones, the search looks at; None is all. The paper's code looks at 1:
+        often too few for static ranges (LLaMA of 260k parameters, W6A6 per tensor: perplexity 5.999; with 4 5.215).
 
     The recipe must quantize weights or activations further down the chain, else there is no error to minimize.
     """

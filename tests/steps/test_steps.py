@@ -119,6 +119,19 @@ def test_scale_alone_beats_rounding_to_nearest(objective) -> None:
     assert (quantized.transforms["gate/kernel"].scale >= 1).all()
 
 
+def test_the_scale_is_searched_on_the_first_four_batches() -> None:
+    params, (first, second) = make()
+    xs = [first, second, first, second, -first]
+
+    def scale(xs: list, **given):
+        step = jaxq.chain(channel_scale(lower=1.0, **given), jaxq.quantize(jaxq.Int(6), jaxq.Int(6)))
+        return np.asarray(jaxq.calibrate(forward, params, xs, step).transforms["gate/kernel"].scale)
+
+    np.testing.assert_array_equal(scale(xs), scale(xs[:4]))
+    np.testing.assert_array_equal(scale(xs, batches=1), scale(xs[:1]))
+    assert (scale(xs, batches=1) != scale(xs)).any() and (scale(xs, batches=None) != scale(xs)).any()
+
+
 def test_the_fast_search_agrees_with_the_exhaustive_one() -> None:
     end = jaxq.quantize(jaxq.Int(8), jaxq.Int(8))
     *_, slow = run(jaxq.chain(os_plus(scale=channel_scale(search=exhaustive())), end))
