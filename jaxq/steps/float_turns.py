@@ -72,7 +72,7 @@ def alternate(
     def turn(given: Input | None) -> _Turn:
         assert weights is not None or not readers
         found = tuple(search_weight(layer, w, reads, given, weights, fmt, how) for w, reads in readers)
-        return _Turn(given, found, error_of(layer, found, given, weights, fmt))
+        return _Turn(given, found, error_of(layer, found, given, weights, fmt, how))
 
     def first(exponents: Exponents) -> _Turn:
         if fmt is None:
