@@ -230,7 +230,9 @@ def memory() -> None:
     are priced one after the other. Of 12288 tokens [in, in] is summed up, fewer are priced as they are. Linux."""
     few = FloatSearch(rounds=1, clips=log_clips(count=2), method=jaxq.exhaustive())
     wide, narrow, gib = (4096, 11008), (11008, 4096), 2**30
-    cases = (wide, 4096, gib), (wide, 4096, gib // 4), (narrow, 4096, gib), (narrow, 12288, gib)
+    cases = [
+        (shape, n, budget) for shape, n in ((wide, 4096), (narrow, 4096), (narrow, 12288)) for budget in (gib, gib // 4)
+    ]
     for (channels, out), count, budget in cases:
         x = np.random.default_rng(0).standard_normal((8, count // 8, channels), np.float32)
         w = np.random.default_rng(1).standard_normal((out, channels), np.float32)

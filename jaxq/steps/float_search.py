@@ -118,7 +118,7 @@ def search_grids(
     mantissas = jnp.asarray([split.mantissa_bits for split in fmt.splits], jnp.int32).reshape(-1, 1, 1, 1)
     units = jnp.ones((1, 1, 1), jnp.float32) if units is None else units
     rows, blocks = len(problem.v), problem.blocks
-    size = _rows_at_once(problem, 0 if shared else candidates.count, budget)
+    size = _rows_at_once(problem, 0 if shared else candidates.count * len(mantissas), budget)
 
     def width_of(some: Problem) -> jax.Array:
         seen = jnp.where(some.real[:, None, None] > 0, jnp.abs(blocks_of(some.v, blocks)) / units, 0)
@@ -131,19 +131,33 @@ def search_grids(
         grid, v = scale * (units * spread(scale, mantissa)), blocks_of(some.v, blocks)
         return metric(some, fake_quant(fmt, v, grid, None, mantissa).reshape(some.v.shape))
 
-    def best(shape: tuple, loss: Callable[[jax.Array], jax.Array], fine: bool) -> tuple[jax.Array, jax.Array]:
-        first = coarse(method, candidates.count, candidates.whole, shape, loss)
-        return best_of(refine(method, first, loss) if fine else first)
+    def best(
+        mantissas: jax.Array, shape: tuple, loss_of: Callable, fine: bool, decide: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The formats, or the best of them if these rows `decide`; for each the best candidates, and their losses."""
 
-    def of_all(mantissas: jax.Array, every: int, fine: bool) -> tuple[jax.Array, jax.Array]:
-        """For each format the scale for all rows, and their loss; of each `every`-th row."""
+        def first(mantissa: jax.Array) -> jax.Array:
+            return coarse(method, candidates.count, candidates.whole, shape, loss_of(mantissa))
+
+        def last(mantissa: jax.Array, losses: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return best_of(refine(method, losses, loss_of(mantissa)) if fine else losses)
+
+        if not decide:
+            return mantissas, *jax.lax.map(lambda mantissa: last(mantissa, first(mantissa)), mantissas)
+        tables = jax.lax.map(first, mantissas)
+        own = tables.min(1).reshape(len(tables), -1).sum(1).argmin()
+        i, losses = last(mantissas[own], tables[own])
+        return mantissas[own][None], i[None], losses[None]
+
+    def of_all(mantissas: jax.Array, every: int, fine: bool) -> Found:
+        """For each format, or the best of them, the scale for all rows, and their loss; of each `every`-th row."""
 
         def wider(width: jax.Array, part: Part) -> jax.Array:
             return jnp.maximum(width, width_of(problem.of(part)))
 
         width = in_parts(rows, size, wider, jnp.zeros((1, 1, 1), jnp.float32))
 
-        def one(mantissa: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def loss_of(mantissa: jax.Array) -> Callable[[jax.Array], jax.Array]:
             def loss(i: jax.Array) -> jax.Array:
                 def add(total: jax.Array, part: Part) -> jax.Array:
                     some = problem.of(part)
@@ -152,35 +166,37 @@ def search_grids(
 
                 return in_parts(rows, size, add, jnp.float32(0), every)
 
-            i, least = best((), loss, fine)
-            return scale_at(i, width, mantissa), least
+            return loss
 
-        return jax.lax.map(one, mantissas)
+        mantissas, i, losses = best(mantissas, (), loss_of, fine, True)
+        return Found(scale_at(i[0], width, mantissas[0])[None], mantissas, losses)
 
-    def of_each(mantissas: jax.Array, every: int, fine: bool) -> tuple[jax.Array, jax.Array]:
-        """For each format the scale of each row and block, and the loss of all; of each `every`-th row."""
+    def of_each(mantissas: jax.Array, every: int, fine: bool) -> Found:
+        """For each format, or the best of them, each row's and block's scale, and the loss of all; likewise."""
+        decide = size >= rows
+        count = 1 if decide else len(mantissas)
 
-        def step(state: tuple[jax.Array, jax.Array], part: Part) -> tuple[jax.Array, jax.Array]:
+        def step(found: Found, part: Part) -> Found:
             some = problem.of(part)
             width = width_of(some)
 
-            def one(mantissa: jax.Array) -> tuple[jax.Array, jax.Array]:
-                i, losses = best(width.shape[:2], lambda i: priced(some, scale_at(i, width, mantissa), mantissa), fine)
-                return scale_at(i, width, mantissa), (losses * part.new[:, None]).sum()
+            def loss_of(mantissa: jax.Array) -> Callable[[jax.Array], jax.Array]:
+                return lambda i: priced(some, scale_at(i, width, mantissa), mantissa)
 
-            scales, losses = jax.lax.map(one, mantissas)
-            return part.put(state[0], scales, 1), state[1] + losses
+            own, i, losses = best(mantissas, width.shape[:2], loss_of, fine, decide)
+            scales = jax.vmap(lambda i, mantissa: scale_at(i, width, mantissa))(i, own)
+            losses = (losses * part.new[None, :, None]).sum((1, 2))
+            return Found(part.put(found.scale, scales, 1), own, found.loss + losses)
 
-        count = len(mantissas)
-        start = jnp.zeros((count, -(-rows // every), blocks, 1), jnp.float32), jnp.zeros(count, jnp.float32)
-        return in_parts(rows, size, step, start, every)
+        scales = jnp.zeros((count, -(-rows // every), blocks, 1), jnp.float32)
+        return in_parts(rows, size, step, Found(scales, mantissas[:count], jnp.zeros(count, jnp.float32)), every)
 
-    search = of_all if shared else of_each
-    if len(mantissas) > 1 and method.stride > 1:
-        mantissas = mantissas[search(mantissas, max(1, rows // DECIDING), False)[1].argmin()][None]
-    scales, losses = search(mantissas, 1, True)
-    i = losses.argmin()
-    return Found(scales[i], mantissas[i], losses[i])
+    search, every = of_all if shared else of_each, max(1, rows // DECIDING)
+    if len(mantissas) > 1 and method.stride > 1 and (every > 1 or size < rows):
+        found = search(mantissas, every, False)
+        mantissas = found.mantissa[found.loss.argmin()][None]
+    found = search(mantissas, 1, True)
+    return jax.tree.map(lambda a: a[found.loss.argmin()], found)
 
 
 # Arrays of the size of the vectors that pricing one candidate makes, and of that of all losses that a search makes.
