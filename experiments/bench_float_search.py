@@ -12,6 +12,7 @@ search of a large layer takes. Needs PyTorch, and Linux for the memory.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from dataclasses import replace
 from functools import partial
@@ -236,9 +237,10 @@ def memory() -> None:
     for (channels, out), count, budget in cases:
         x = np.random.default_rng(0).standard_normal((8, count // 8, channels), np.float32)
         w = np.random.default_rng(1).standard_normal((out, channels), np.float32)
-        given = Layer(jnp.asarray(x), jnp.ones(x.shape[:2]), (jnp.asarray(w),), (None,), products=True)
+        given = Layer(jnp.array(x), jnp.ones(x.shape[:2]), (jnp.array(w),), (None,), products=True)
         search = partial(float_turns.alternate, given, WEIGHTS, ACTIVATIONS, replace(few, budget=budget), BOTH[:1])
         search()  # compile
+        ctypes.CDLL(None).malloc_trim(0)  # what is free, but still resident, would hide what is taken
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _status("VmRSS")
         search()

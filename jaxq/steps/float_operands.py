@@ -87,7 +87,13 @@ class Input:
 @jax.jit
 def widest_of(layer: Layer) -> jax.Array:
     """The largest magnitude of each channel, [channels]."""
-    return jnp.max(jnp.abs(layer.x) * layer.real[:, :, None], (0, 1))
+    x, real = layer.x.reshape(-1, layer.x.shape[2]), layer.real.reshape(-1, 1)
+
+    def wider(most: jax.Array, part: Part) -> jax.Array:
+        return jnp.maximum(most, jnp.max(jnp.abs(part.of(x)) * part.of(real), 0))
+
+    # In parts, as XLA's CPU library makes an array of half the size of x of a maximum over all tokens.
+    return in_parts(len(x), MOST, wider, jnp.zeros(x.shape[1], jnp.float32))
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -120,7 +126,7 @@ def search_weight(
         problem, metric = weight_problem(w, layer.x, layer.real, quantized, blocks, reads, budget), how.metric
     else:
         x, real, ones = layer.x.reshape(-1, layer.x.shape[2]), layer.real.reshape(-1, 1), jnp.ones(len(w), jnp.float32)
-        moment = _squares(*x.shape, lambda part: quantized(part.of(x)) * part.of(real), budget)
+        moment = _squares(len(x), x.shape[1], lambda part: quantized(part.of(x)) * part.of(real), budget)
         moment = moment if reads is None else moment[reads]
         problem, metric = plain_problem(w, moment.reshape(blocks, -1), ones), diagonal_hessian
     return _searched(problem, quantizer, metric, how, budget, units)

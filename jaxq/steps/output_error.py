@@ -59,7 +59,7 @@ class Problem:
 
     @property
     def blocks(self) -> int:
-        return len(self.hessian if self.factor is None else self.factor)
+        return len(_hessian(self) if self.factor is None else self.factor)
 
     @property
     def made(self) -> int:
