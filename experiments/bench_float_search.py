@@ -16,6 +16,7 @@ import ctypes
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -228,13 +229,12 @@ def tokens(repeats: int) -> None:
 
 def memory() -> None:
     """What a large layer's search takes beside the layer, resident at its peak. A few candidates are enough: they
-    are priced one after the other. Of 12288 tokens [in, in] is summed up, fewer are priced as they are. Linux."""
+    are priced one after the other. [in, in] is summed up where there are as many tokens and the budget holds it, else
+    tokens are priced as they are. Linux."""
     few = FloatSearch(rounds=1, clips=log_clips(count=2), method=jaxq.exhaustive())
     wide, narrow, gib = (4096, 11008), (11008, 4096), 2**30
-    cases = [
-        (shape, n, budget) for shape, n in ((wide, 4096), (narrow, 4096), (narrow, 12288)) for budget in (gib, gib // 4)
-    ]
-    for (channels, out), count, budget in cases:
+    cases = (wide, 4096), (narrow, 4096), (narrow, 12288)
+    for ((channels, out), count), budget in product(cases, (gib, gib // 4)):
         x = np.random.default_rng(0).standard_normal((8, count // 8, channels), np.float32)
         w = np.random.default_rng(1).standard_normal((out, channels), np.float32)
         given = Layer(jnp.array(x), jnp.ones(x.shape[:2]), (jnp.array(w),), (None,), products=True)

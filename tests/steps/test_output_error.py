@@ -125,7 +125,7 @@ def test_cosine(tokens: int) -> None:
     x, w, real = make(tokens=tokens)
     w_hat = thirds(w)
     rows, x_rows = np.asarray(x, np.float64).reshape(-1, IN), np.asarray(halves(x), np.float64).reshape(-1, IN)
-    y, y_hat = rows @ w.T, x_rows @ w_hat.T
+    y, y_hat = rows @ np.asarray(w).T, x_rows @ np.asarray(w_hat).T
     want = 1 - (y * y_hat).sum(0) / np.linalg.norm(y, axis=0) / np.linalg.norm(y_hat, axis=0)
     np.testing.assert_allclose(cosine(weight_problem(w, x, real, halves, 1), w_hat)[:, 0], want, atol=2e-6)
     problem = activation_problem(x.reshape(-1, IN), jnp.ones(BATCHES * tokens, jnp.float32), readers((w, w_hat)))
