@@ -20,7 +20,6 @@ from jaxq.steps.output_error import (
     ROW_INPUTS,
     Metric,
     Problem,
-    Reader,
     activation_problem,
     blocks_of,
     diagonal_hessian,
@@ -29,7 +28,7 @@ from jaxq.steps.output_error import (
     total_error,
     weight_problem,
 )
-from jaxq.steps.parts import MOST, Part, in_parts, rows_within
+from jaxq.steps.parts import MOST, Part, Reader, in_parts, rows_within
 
 
 @dataclass(frozen=True)

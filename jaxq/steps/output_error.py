@@ -20,13 +20,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxq.qtensor import pytree
-from jaxq.steps.parts import MOST, Part, add_products, in_parts, rows_within
+from jaxq.steps.parts import MOST, Part, Reader, add_products, in_parts, rows_within
 
 
 @pytree
@@ -218,21 +217,6 @@ def _problem_of_tokens(
 
 def _ones(count: int) -> jax.Array:
     return jnp.ones(count, jnp.float32)
-
-
-class Reader(NamedTuple):
-    """A weight [out, in] that reads an activation, in parts, so that it need not be there quantized as a whole.
-
-    Attributes:
-      outputs: how many rows it has.
-      rows: some of them, in full precision and quantized, both [rows, in], in the order of the activation's channels.
-    """
-
-    outputs: int
-    rows: Callable[[Part], tuple[jax.Array, jax.Array]]
-
-    def quantized(self, part: Part) -> jax.Array:
-        return self.rows(part)[1]
 
 
 def activation_problem(x: jax.Array, real: jax.Array, readers: Sequence[Reader], budget: int = 2**30) -> Problem:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,21 @@ class Part:
     def put(self, whole: jax.Array, rows: jax.Array, axis: int = 0) -> jax.Array:
         """`whole`, that has but the rows that are taken, with these replaced."""
         return jax.lax.dynamic_update_slice_in_dim(whole, rows, self.begin, axis)
+
+
+class Reader(NamedTuple):
+    """A weight [out, in] that reads an activation, in parts, so that it need not be there quantized as a whole.
+
+    Attributes:
+      outputs: how many rows it has.
+      rows: some of them, in full precision and quantized, both [rows, in], in the order of the activation's channels.
+    """
+
+    outputs: int
+    rows: Callable[[Part], tuple[jax.Array, jax.Array]]
+
+    def quantized(self, part: Part) -> jax.Array:
+        return self.rows(part)[1]
 
 
 def in_parts(count: int, size: int, step: Callable[[Any, Part], Any], start: Any, every: int = 1) -> Any:

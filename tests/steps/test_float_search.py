@@ -16,13 +16,13 @@ from jaxq.steps import Clips, linear_clips, log_clips
 from jaxq.steps.float_search import DECIDING, channel_exponents, magnified, search_grids
 from jaxq.steps.output_error import (
     Problem,
-    Reader,
     activation_problem,
     cosine,
     diagonal_hessian,
     output_error,
     weight_problem,
 )
+from jaxq.steps.parts import Reader
 
 ROWS, IN = 6, 16
 CLIPS = log_clips(0.5, 2.0, 60)

@@ -21,13 +21,13 @@ from jaxq.steps.float_search import Found, search_grids
 from jaxq.steps.output_error import (
     Metric,
     Problem,
-    Reader,
     activation_problem,
     diagonal_hessian,
     output_error,
     plain_problem,
     weight_problem,
 )
+from jaxq.steps.parts import Reader
 
 GOLDENS = Path(__file__).resolve().parents[2] / "../shared/goldens"
 pytestmark = pytest.mark.skipif(not GOLDENS.exists(), reason="the published code's numbers (../shared) are not here")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from jaxq.steps.output_error import (
-    Reader,
     activation_problem,
     cosine,
     diagonal_hessian,
@@ -16,7 +15,7 @@ from jaxq.steps.output_error import (
     total_error,
     weight_problem,
 )
-from jaxq.steps.parts import MOST
+from jaxq.steps.parts import MOST, Reader
 
 OUT, IN, BATCHES, TOKENS = 7, 12, 3, 5
 SUMS_OR_TOKENS = pytest.mark.parametrize("tokens", [TOKENS, 1], ids=["sums", "tokens"])
