@@ -12,9 +12,11 @@ search of a large layer takes. Needs PyTorch, and Linux for the memory.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -227,16 +229,18 @@ def tokens(repeats: int) -> None:
 
 def memory() -> None:
     """What a large layer's search takes beside the layer, resident at its peak. A few candidates are enough: they
-    are priced one after the other. Of 12288 tokens [in, in] is summed up, fewer are priced as they are. Linux."""
+    are priced one after the other. [in, in] is summed up where there are as many tokens and the budget holds it, else
+    tokens are priced as they are. Linux."""
     few = FloatSearch(rounds=1, clips=log_clips(count=2), method=jaxq.exhaustive())
     wide, narrow, gib = (4096, 11008), (11008, 4096), 2**30
-    cases = (wide, 4096, gib), (wide, 4096, gib // 4), (narrow, 4096, gib), (narrow, 12288, gib)
-    for (channels, out), count, budget in cases:
+    cases = (wide, 4096), (narrow, 4096), (narrow, 12288)
+    for ((channels, out), count), budget in product(cases, (gib, gib // 4)):
         x = np.random.default_rng(0).standard_normal((8, count // 8, channels), np.float32)
         w = np.random.default_rng(1).standard_normal((out, channels), np.float32)
-        given = Layer(jnp.asarray(x), jnp.ones(x.shape[:2]), (jnp.asarray(w),), (None,), products=True)
+        given = Layer(jnp.array(x), jnp.ones(x.shape[:2]), (jnp.array(w),), (None,), products=True)
         search = partial(float_turns.alternate, given, WEIGHTS, ACTIVATIONS, replace(few, budget=budget), BOTH[:1])
         search()  # compile
+        ctypes.CDLL(None).malloc_trim(0)  # what is free, but still resident, would hide what is taken
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _status("VmRSS")
         search()

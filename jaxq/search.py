@@ -139,7 +139,8 @@ def refine(method: Search, losses: jax.Array, loss: Callable[[jax.Array], jax.Ar
 
     # One after the other, so that the loss is compiled once.
     start = losses, jnp.zeros((method.keep, *losses.shape[1:]), jnp.int32)
-    (losses, _), _ = jax.lax.scan(one, start, tuple(map(jnp.asarray, zip(*steps))))
+    ranks, moves, starts = (np.asarray(column) for column in zip(*steps))
+    (losses, _), _ = jax.lax.scan(one, start, (np.int32(ranks), np.int32(moves), starts))
     return losses
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -16,6 +17,7 @@ from jaxq.search import Search, coarse_to_fine
 from jaxq.steps.float_layer import Layer
 from jaxq.steps.float_search import Candidates, Found, channel_exponents, log_clips, magnified, search_grids
 from jaxq.steps.output_error import (
+    ROW_INPUTS,
     Metric,
     Problem,
     activation_problem,
@@ -23,10 +25,10 @@ from jaxq.steps.output_error import (
     diagonal_hessian,
     output_error,
     plain_problem,
-    tokens_within,
     total_error,
     weight_problem,
 )
+from jaxq.steps.parts import MOST, Part, Reader, in_parts, rows_within
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,12 @@ class FloatSearch:
       metric: `output_error`, `cosine` or `diagonal_hessian`.
       tokens: how many tokens, evenly spaced, the activations' search looks at (their ranges and the weights' search see
         all of them); None is all.
-      budget: bytes that it may take beside the layer's own arrays. Candidates are priced for as many rows at a time as
-        it allows. Weights are searched by sums over all tokens, [in, in]; if these take more than three quarters of it,
-        by as many tokens, evenly spaced, as half of it holds, and activations by no more tokens either. Whatever it is,
-        the activations' search takes two arrays of the size of the weights that read them, and a quarter of it.
+      budget: bytes that it may take beside the layer's own arrays. So many rows as it allows are worked on at a time.
+        Weights are searched by sums over all tokens, [in, in] and [out, in]; if these take more than three quarters of
+        it, by as many tokens, evenly spaced, as half of it holds. Activations need [in, in] or, if that is smaller,
+        [out, in], out being the outputs of all weights that read them, and are searched by no more tokens than half of
+        the rest holds. The least that it counts for are these, and 512 rows of in + out, in float32:
+        4 (in min(in, out) + 512 (in + out)) bytes.
 
     Raises:
       ValueError: fewer than one round.
@@ -82,7 +86,13 @@ class Input:
 @jax.jit
 def widest_of(layer: Layer) -> jax.Array:
     """The largest magnitude of each channel, [channels]."""
-    return jnp.max(jnp.abs(layer.x) * layer.real[:, :, None], (0, 1))
+    x, real = layer.x.reshape(-1, layer.x.shape[2]), layer.real.reshape(-1, 1)
+
+    def wider(most: jax.Array, part: Part) -> jax.Array:
+        return jnp.maximum(most, jnp.max(jnp.abs(part.of(x)) * part.of(real), 0))
+
+    # In parts, as XLA's CPU library makes an array of half the size of x of a maximum over all tokens.
+    return in_parts(len(x), MOST, wider, jnp.zeros(x.shape[1], jnp.float32))
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -109,18 +119,32 @@ def search_weight(
     how: FloatSearch,
 ) -> Found:
     """The grids of one weight for an input (None: in full precision)."""
-    blocks = _blocks(w.shape, quantizer)
-    units = _units(w, reads, given, blocks)
+    blocks, budget = _blocks(w.shape, quantizer), _budget(layer, how)
+    units, quantized = _units(w, reads, given, blocks), partial(_quantized, x_fmt, given)
     if layer.products:
-        x, there = (layer.x, given) if reads is None else (layer.x[:, :, reads], _read(given, reads))
-        quantized = partial(_quantized, x_fmt, there)
-        problem = weight_problem(w, x, layer.real, quantized, blocks, how.budget)
-        return _searched(problem, quantizer, how.metric, how, units)
-    x_hat = _quantized(x_fmt, given, layer.x.reshape(-1, layer.x.shape[2]))
-    moment = (jnp.square(x_hat) * layer.real.reshape(-1, 1)).sum(0)
-    moment = moment if reads is None else moment[reads]
-    problem = plain_problem(blocks_of(w, blocks), moment.reshape(blocks, -1), jnp.ones(len(w), jnp.float32))
-    return _searched(problem, quantizer, diagonal_hessian, how, units)
+        problem, metric = weight_problem(w, layer.x, layer.real, quantized, blocks, reads, budget), how.metric
+    else:
+        x, real, ones = layer.x.reshape(-1, layer.x.shape[2]), layer.real.reshape(-1, 1), jnp.ones(len(w), jnp.float32)
+        moment = _squares(len(x), x.shape[1], lambda part: quantized(part.of(x)) * part.of(real), budget)
+        moment = moment if reads is None else moment[reads]
+        problem, metric = plain_problem(w, moment.reshape(blocks, -1), ones), diagonal_hessian
+    return _searched(problem, quantizer, metric, how, budget, units)
+
+
+def _budget(layer: Layer, how: FloatSearch) -> int:
+    """The bytes that a search of the layer may take: what `FloatSearch` says it needs, if that is more."""
+    channels, outputs = layer.x.shape[2], sum(map(len, layer.ws))
+    return max(how.budget, _sum_size(layer) + 4 * SPARE * (channels + outputs))
+
+
+# The rows, of inputs and of outputs, that there is room for at any budget.
+SPARE = 512
+
+
+def _sum_size(layer: Layer) -> int:
+    """The bytes of what an activation's error costs: a sum over outputs or, if they are fewer, what is summed."""
+    channels = layer.x.shape[2]
+    return 4 * channels * min(channels, sum(map(len, layer.ws)))
 
 
 def _quantized(fmt: Kind | None, given: Input | None, x: jax.Array) -> jax.Array:
@@ -130,32 +154,35 @@ def _quantized(fmt: Kind | None, given: Input | None, x: jax.Array) -> jax.Array
     return magnified(x, fmt, given.scale, given.exponents, given.mantissa)
 
 
-def _read(given: Input | None, reads: jax.Array | None) -> Input | None:
-    """An input's exponents in the order in which a weight reads the channels."""
-    return given if given is None or reads is None else replace(given, exponents=given.exponents[reads])
-
-
 def _units(w: jax.Array, reads: jax.Array | None, given: Input | None, blocks: int) -> jax.Array:
-    """The powers of two that the weight's inputs take before they are quantized, [blocks, 1, n]."""
-    there = _read(given, reads)
-    k = jnp.zeros(w.shape[1], jnp.int32) if there is None else there.exponents * there.absorb
-    return blocks_of(power_of_two(k)[None], blocks)
+    """The powers of two that the weight's inputs take before they are quantized, [1, blocks, n]."""
+    if given is None:
+        return jnp.ones((1, blocks, w.shape[1] // blocks), jnp.float32)
+    k = given.exponents * given.absorb
+    return blocks_of(power_of_two(k if reads is None else k[reads])[None], blocks)
 
 
-def _on_grids(
+def _readers(
     layer: Layer, found: tuple[Found, ...], given: Input | None, quantizer: Quantizer | None
-) -> tuple[jax.Array, ...]:
-    """Each weight on its grids, [out, in]. Made anew where they are needed, so as not to last."""
+) -> tuple[Reader, ...]:
+    """The layer's weights, on their grids; inputs in the order of x's channels where outputs are products."""
 
-    def hat(w: jax.Array, reads: jax.Array | None, own: Found, quantizer: Quantizer) -> jax.Array:
-        blocks = _blocks(w.shape, quantizer)
-        scale = own.scale * _units(w, reads, given, blocks)
-        on_grid = fake_quant(quantizer.format, blocks_of(w, blocks), scale, None, own.mantissa)
-        return on_grid.transpose(1, 0, 2).reshape(w.shape)
+    def reader(w: jax.Array, reads: jax.Array | None, own: Found | None) -> Reader:
+        order = None if reads is None or not layer.products else jnp.argsort(reads)
+        blocks = 1 if quantizer is None else _blocks(w.shape, quantizer)
+        units = _units(w, reads, given, blocks)
 
-    if quantizer is None:
-        return layer.ws
-    return tuple(hat(*each, quantizer) for each in zip(layer.ws, layer.reads, found, strict=True))
+        def rows(part: Part) -> tuple[jax.Array, jax.Array]:
+            some = hat = part.of(w)
+            if own is not None and quantizer is not None:
+                v, scale = blocks_of(some, blocks), part.of(own.scale) * units
+                hat = fake_quant(quantizer.format, v, scale, None, own.mantissa).reshape(some.shape)
+            return (some, hat) if order is None else (some[:, order], hat[:, order])
+
+        return Reader(len(w), rows)
+
+    grids = found or (None,) * len(layer.ws)
+    return tuple(map(reader, layer.ws, layer.reads, grids))
 
 
 def _blocks(shape: tuple[int, ...], quantizer: Quantizer) -> int:
@@ -165,12 +192,16 @@ def _blocks(shape: tuple[int, ...], quantizer: Quantizer) -> int:
 
 
 def _searched(
-    problem: Problem, quantizer: Quantizer, metric: Metric, how: FloatSearch, units: jax.Array | None = None
+    problem: Problem,
+    quantizer: Quantizer,
+    metric: Metric,
+    how: FloatSearch,
+    budget: int,
+    units: jax.Array | None = None,
 ) -> Found:
     assert not isinstance(quantizer.format, Int)
-    shared = isinstance(quantizer.granularity, PerTensor)
-    fmt, budget = quantizer.format, how.budget
-    return search_grids(problem, fmt, how.clips, how.method, metric, shared, budget, units=units)
+    shared, rest = isinstance(quantizer.granularity, PerTensor), budget - problem.made
+    return search_grids(problem, quantizer.format, how.clips, how.method, metric, shared, rest, units=units)
 
 
 @partial(jax.jit, static_argnums=(4, 5, 6, 7))
@@ -185,49 +216,60 @@ def search_input(
     shifted: bool,
 ) -> Input:
     """The activation's grid for the weights that read it, on the grids found for the input before."""
-    budget = max(how.budget - 2 * sum(w.nbytes for w in layer.ws), how.budget // 4)  # w_hat and w - w_hat take the rest
-    every = _token_stride(layer, how, budget)
+    budget = _budget(layer, how)
+    rest = budget - _sum_size(layer)
+    every = _token_stride(layer, how, rest // 2)
     x, real = layer.x.reshape(-1, layer.x.shape[2])[::every], layer.real.reshape(-1)[::every]
-    hats = _on_grids(layer, weights, given, quantizer)
+    readers = _readers(layer, weights, given, quantizer)
     if layer.products:
-        ws, hats = (tuple(map(_in_order, these, layer.reads)) for these in (layer.ws, hats))
-        problem, metric = activation_problem(x, real, ws, hats), how.metric
+        problem, metric = activation_problem(x, real, readers, rest // 2), how.metric
     else:
-        cost = jnp.full(x.shape[1], 0 if hats else 1, jnp.float32)
-        for hat, reads in zip(hats, layer.reads, strict=True):
-            cost = cost.at[jnp.arange(len(cost)) if reads is None else reads].add(jnp.square(hat).sum(0))
-        problem, metric = plain_problem(x[None], cost, real), diagonal_hessian
+        cost = jnp.full(x.shape[1], 0 if readers else 1, jnp.float32)
+        for w, reads, reader in zip(layer.ws, layer.reads, readers, strict=True):
+            more = _squares(len(w), w.shape[1], reader.quantized, rest)
+            cost = cost.at[jnp.arange(len(cost)) if reads is None else reads].add(more)
+        problem, metric = plain_problem(x, cost[None], real), diagonal_hessian
 
     def spread(scale: jax.Array, mantissa: jax.Array) -> jax.Array:
         return power_of_two(-_exponents(fmt, scale, widest, mantissa, shifted)).reshape(1, 1, -1)
 
-    found = search_grids(problem, fmt, how.clips, how.method, metric, True, budget, spread)
+    rest = budget - problem.made - x.nbytes
+    found = search_grids(problem, fmt, how.clips, how.method, metric, True, rest, spread)
     k = _exponents(fmt, found.scale, widest, found.mantissa, shifted)
     return Input(found.scale, found.mantissa, k, given.absorb)
 
 
 def _token_stride(layer: Layer, how: FloatSearch, budget: int) -> int:
-    """Each how many-th token the activations' search looks at."""
-    count, outputs = layer.real.size, sum(map(len, layer.ws)) if layer.products else 0
-    most = tokens_within(budget, layer.x.shape[2] + outputs)
-    return max(1, count // (how.tokens or count), -(-count // most))
+    """Each how many-th token the activations' search looks at: it takes them, and what they lose."""
+    count, channels = layer.real.size, layer.x.shape[2]
+    lost = min(channels, sum(map(len, layer.ws)))
+    return max(1, count // (how.tokens or count), -(-count // rows_within(budget, channels + lost)))
 
 
-def _in_order(w: jax.Array, reads: jax.Array | None) -> jax.Array:
-    """A weight's inputs in the order of x's channels."""
-    return w if reads is None else w[:, jnp.argsort(reads)]
+def _squares(count: int, channels: int, rows: Callable[[Part], jax.Array], budget: int) -> jax.Array:
+    """The sum of the squares of rows that are made a part at a time, [channels]."""
+
+    def add(total: jax.Array, part: Part) -> jax.Array:
+        return total + (jnp.square(rows(part)) * part.new[:, None]).sum(0)
+
+    size = min(MOST, rows_within(budget, ROW_INPUTS * channels))
+    return in_parts(count, size, add, jnp.zeros(channels, jnp.float32))
 
 
-@partial(jax.jit, static_argnums=(3, 4))
+@partial(jax.jit, static_argnums=(3, 4, 5))
 def error_of(
-    layer: Layer, weights: tuple[Found, ...], given: Input | None, quantizer: Quantizer | None, fmt: Kind | None
+    layer: Layer,
+    weights: tuple[Found, ...],
+    given: Input | None,
+    quantizer: Quantizer | None,
+    fmt: Kind | None,
+    how: FloatSearch,
 ) -> jax.Array:
     """The squared error of all outputs; 0 where they are not products of matrices."""
     if not layer.products:
         return jnp.float32(0)
-    hats = _on_grids(layer, weights, given, quantizer)
-    ws, hats = (tuple(map(_in_order, these, layer.reads)) for these in (layer.ws, hats))
-    return total_error(layer.x, layer.real, partial(_quantized, fmt, given), ws, hats)
+    readers, quantized = _readers(layer, weights, given, quantizer), partial(_quantized, fmt, given)
+    return total_error(layer.x, layer.real, quantized, readers, _budget(layer, how))
 
 
 def own_error(leaf: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], how: FloatSearch) -> Found:
@@ -237,10 +279,7 @@ def own_error(leaf: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], how:
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _own_error(rows: jax.Array, quantizer: Quantizer, how: FloatSearch) -> Found:
-    v = blocks_of(rows, _blocks(rows.shape, quantizer))
-    return _searched(
-        plain_problem(v, jnp.ones(v.shape[2], jnp.float32), jnp.ones(len(rows), jnp.float32)),
-        quantizer,
-        diagonal_hessian,
-        how,
-    )
+    blocks = _blocks(rows.shape, quantizer)
+    ones = jnp.ones((blocks, rows.shape[1] // blocks), jnp.float32)
+    problem = plain_problem(rows, ones, jnp.ones(len(rows), jnp.float32))
+    return _searched(problem, quantizer, diagonal_hessian, how, how.budget)

@@ -7,8 +7,7 @@ bias itself may be zero or negative, so multiples of it would mean nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import jax
@@ -18,7 +17,8 @@ import numpy as np
 from jaxq.formats import AnyFloat, Float, divide, fake_quant
 from jaxq.formats.floating import layout, power_of_two, scale_from_width
 from jaxq.search import Search, best_of, coarse, refine
-from jaxq.steps.output_error import Metric, Problem
+from jaxq.steps.output_error import Metric, Problem, blocks_of
+from jaxq.steps.parts import MOST, Part, in_parts, rows_within
 
 
 class Candidates(Protocol):
@@ -77,7 +77,7 @@ def _with_one(ratios: np.ndarray) -> Clips:
 
 
 class Found(NamedTuple):
-    """The best of each row's grids, [blocks, rows, 1], or [1, 1, 1] where one is shared; its format's mantissa bits,
+    """The best of each row's grids, [rows, blocks, 1], or [1, 1, 1] where one is shared; its format's mantissa bits,
     [1, 1, 1]; and the loss summed over all rows."""
 
     scale: jax.Array
@@ -110,93 +110,104 @@ def search_grids(
       fmt: `AnyFloat` tries all its splits, `Float` is the only one.
       metric: what is minimized.
       shared: one scale for all rows of all blocks, else one each.
-      budget: bytes that the arrays made on the way may take; rows are priced in as many parts as that needs.
+      budget: bytes that may be taken beside the problem. So many rows as it allows are searched, or, where the scale is
+        shared, priced, at a time.
       spread: from a shared scale and the mantissa bits to what multiplies it in each channel, [1, 1, n].
-      units: [blocks, 1, n], powers of two of which the elements are multiples to be quantized; None for 1.
+      units: [1, blocks, n], powers of two of which the elements are multiples to be quantized; None for 1.
     """
     mantissas = jnp.asarray([split.mantissa_bits for split in fmt.splits], jnp.int32).reshape(-1, 1, 1, 1)
     units = jnp.ones((1, 1, 1), jnp.float32) if units is None else units
-    width = jnp.where(problem.real[:, None] > 0, jnp.abs(problem.v) / units, 0)
-    width = width.max(keepdims=True) if shared else width.max(2, keepdims=True)
+    rows, blocks = len(problem.v), problem.blocks
+    size = _rows_at_once(problem, 0 if shared else candidates.count * len(mantissas), budget)
+
+    def width_of(some: Problem) -> jax.Array:
+        seen = jnp.where(some.real[:, None, None] > 0, jnp.abs(blocks_of(some.v, blocks)) / units, 0)
+        return seen.max(keepdims=True) if shared else seen.max(2, keepdims=True)
 
     def scale_at(i: jax.Array, width: jax.Array, mantissa: jax.Array) -> jax.Array:
         return candidates.at(i.reshape(width.shape), scale_from_width(fmt, width, mantissa), mantissa)
 
-    def loss_of(rows: slice, mantissa: jax.Array) -> Callable[[jax.Array], jax.Array]:
-        """From candidates to the losses of some of the rows in a format."""
-        some, widths = _rows(problem, rows), width if shared else width[:, rows]
-        parts = _parts(some, budget)
+    def priced(some: Problem, scale: jax.Array, mantissa: jax.Array) -> jax.Array:
+        grid, v = scale * (units * spread(scale, mantissa)), blocks_of(some.v, blocks)
+        return metric(some, fake_quant(fmt, v, grid, None, mantissa).reshape(some.v.shape))
 
-        def loss(i: jax.Array) -> jax.Array:
-            scale = scale_at(i, widths, mantissa)
-            found = priced(some, fmt, scale, units * spread(scale, mantissa), mantissa, metric, parts)
-            return (found * some.real[None]).sum() if shared else found
+    def best(
+        mantissas: jax.Array, shape: tuple, loss_of: Callable, fine: bool, decide: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The formats, or the best of them if these rows `decide`; for each the best candidates, and their losses."""
 
-        return loss
+        def first(mantissa: jax.Array) -> jax.Array:
+            return coarse(method, candidates.count, candidates.whole, shape, loss_of(mantissa))
 
-    def sparse(rows: slice, mantissa: jax.Array) -> jax.Array:
-        shape = () if shared else width[:, rows].shape[:2]
-        return coarse(method, candidates.count, candidates.whole, shape, loss_of(rows, mantissa))
+        def last(mantissa: jax.Array, losses: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return best_of(refine(method, losses, loss_of(mantissa)) if fine else losses)
 
-    sampled = len(mantissas) > 1 and method.stride > 1
-    every = max(1, len(problem.real) // DECIDING) if sampled else 1
-    tables = jax.lax.map(partial(sparse, slice(None, None, every)), mantissas)
-    best = tables.min(1).reshape(len(mantissas), -1).sum(1).argmin()
-    mantissa, all_rows = mantissas[best], slice(None)
-    first = tables[best] if every == 1 else sparse(all_rows, mantissa)
-    i, losses = best_of(refine(method, first, loss_of(all_rows, mantissa)))
-    return Found(scale_at(i, width, mantissa), mantissa, losses.sum())
+        if not decide:
+            return mantissas, *jax.lax.map(lambda mantissa: last(mantissa, first(mantissa)), mantissas)
+        tables = jax.lax.map(first, mantissas)
+        own = tables.min(1).reshape(len(tables), -1).sum(1).argmin()
+        i, losses = last(mantissas[own], tables[own])
+        return mantissas[own][None], i[None], losses[None]
+
+    def of_all(mantissas: jax.Array, every: int, fine: bool) -> Found:
+        """For each format, or the best of them, the scale for all rows, and their loss; of each `every`-th row."""
+
+        def wider(width: jax.Array, part: Part) -> jax.Array:
+            return jnp.maximum(width, width_of(problem.of(part)))
+
+        width = in_parts(rows, size, wider, jnp.zeros((1, 1, 1), jnp.float32))
+
+        def loss_of(mantissa: jax.Array) -> Callable[[jax.Array], jax.Array]:
+            def loss(i: jax.Array) -> jax.Array:
+                def add(total: jax.Array, part: Part) -> jax.Array:
+                    some = problem.of(part)
+                    found = priced(some, scale_at(i, width, mantissa), mantissa)
+                    return total + (found * (some.real * part.new)[:, None]).sum()
+
+                return in_parts(rows, size, add, jnp.float32(0), every)
+
+            return loss
+
+        mantissas, i, losses = best(mantissas, (), loss_of, fine, True)
+        return Found(scale_at(i[0], width, mantissas[0])[None], mantissas, losses)
+
+    def of_each(mantissas: jax.Array, every: int, fine: bool) -> Found:
+        """For each format, or the best of them, each row's and block's scale, and the loss of all; likewise."""
+        decide = size >= rows
+        count = 1 if decide else len(mantissas)
+
+        def step(found: Found, part: Part) -> Found:
+            some = problem.of(part)
+            width = width_of(some)
+
+            def loss_of(mantissa: jax.Array) -> Callable[[jax.Array], jax.Array]:
+                return lambda i: priced(some, scale_at(i, width, mantissa), mantissa)
+
+            own, i, losses = best(mantissas, width.shape[:2], loss_of, fine, decide)
+            scales = jax.vmap(lambda i, mantissa: scale_at(i, width, mantissa))(i, own)
+            losses = (losses * part.new[None, :, None]).sum((1, 2))
+            return Found(part.put(found.scale, scales, 1), own, found.loss + losses)
+
+        scales = jnp.zeros((count, -(-rows // every), blocks, 1), jnp.float32)
+        return in_parts(rows, size, step, Found(scales, mantissas[:count], jnp.zeros(count, jnp.float32)), every)
+
+    search, every = of_all if shared else of_each, max(1, rows // DECIDING)
+    if len(mantissas) > 1 and method.stride > 1 and (every > 1 or size < rows):
+        found = search(mantissas, every, False)
+        mantissas = found.mantissa[found.loss.argmin()][None]
+    found = search(mantissas, 1, True)
+    return jax.tree.map(lambda a: a[found.loss.argmin()], found)
 
 
-def _rows(problem: Problem, rows: slice) -> Problem:
-    gradient = None if problem.gradient is None else problem.gradient[:, rows]
-    v, energy, real = problem.v[:, rows], problem.energy[:, rows], problem.real[rows]
-    return replace(problem, v=v, gradient=gradient, energy=energy, real=real)
+# Arrays of the size of the vectors that pricing one candidate makes, and of that of all losses that a search makes.
+PASSING, TABLES = 6, 3
 
 
-# Arrays of the size of the vectors that pricing one candidate makes.
-PASSING = 6
-
-
-def _parts(problem: Problem, budget: int) -> int:
-    """Into how many parts the rows are split; where the problem alone exceeds the budget, into small ones."""
-    lasting = sum(a.nbytes for a in (problem.v, problem.hessian, problem.factor, problem.gradient) if a is not None)
-    passing = PASSING * problem.v.nbytes
-    if problem.factor is not None:
-        passing += PASSING * problem.v.nbytes * problem.factor.shape[1] // problem.v.shape[2]
-    return min(len(problem.real), -(-passing // max(budget - lasting, budget // 8)))
-
-
-def priced(
-    problem: Problem,
-    fmt: Float | AnyFloat,
-    scale: jax.Array,
-    units: jax.Array,
-    mantissa: jax.Array,
-    metric: Metric,
-    parts: int,
-) -> jax.Array:
-    """The loss of each row at the given scales, [blocks, rows], a part of the rows at a time, where they lie."""
-    blocks, rows, _ = problem.v.shape
-    size = -(-rows // parts)
-
-    def one(start: jax.Array) -> jax.Array:
-        def some(a: jax.Array, axis: int = 1) -> jax.Array:
-            return a if a.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(a, start, size, axis)
-
-        gradient = None if problem.gradient is None else some(problem.gradient)
-        v, energy, real = some(problem.v), some(problem.energy), some(problem.real, 0)
-        few = replace(problem, v=v, gradient=gradient, energy=energy, real=real)
-        return metric(few, fake_quant(fmt, v, some(scale) * units, None, mantissa))
-
-    def step(losses: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
-        return jax.lax.dynamic_update_slice_in_dim(losses, one(start), start, 1), None
-
-    if parts == 1:
-        return one(jnp.int32(0))
-    # The last part overlaps the one before it.
-    starts = jnp.minimum(jnp.arange(parts, dtype=jnp.int32) * size, rows - size)
-    return jax.lax.scan(step, jnp.zeros((blocks, rows), jnp.float32), starts)[0]
+def _rows_at_once(problem: Problem, tried: int, budget: int) -> int:
+    """How many rows can be searched at a time, whose losses of all `tried` candidates are kept."""
+    blocks = problem.blocks
+    outputs = 0 if problem.factor is None else blocks * problem.factor.shape[2]
+    return min(MOST, rows_within(budget, PASSING * (problem.v.shape[1] + outputs) + TABLES * blocks * tried))
 
 
 def channel_exponents(fmt: Float | AnyFloat, scale: jax.Array, widest: jax.Array, mantissa: jax.Array) -> jax.Array:

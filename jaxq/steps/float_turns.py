@@ -71,8 +71,10 @@ def alternate(
 
     def turn(given: Input | None) -> _Turn:
         assert weights is not None or not readers
-        found = tuple(search_weight(layer, w, reads, given, weights, fmt, how) for w, reads in readers)
-        return _Turn(given, found, error_of(layer, found, given, weights, fmt))
+        # Waited for, as two that run at once take twice the budget.
+        searches = (search_weight(layer, w, reads, given, weights, fmt, how) for w, reads in readers)
+        found = tuple(map(jax.block_until_ready, searches))
+        return _Turn(given, found, error_of(layer, found, given, weights, fmt, how))
 
     def first(exponents: Exponents) -> _Turn:
         if fmt is None:

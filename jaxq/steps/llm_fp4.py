@@ -139,7 +139,7 @@ def _with_input(group: Group, found: Input | None) -> Group:
 
 @partial(jax.jit, static_argnums=(1, 3))
 def _coded(leaf: jax.Array, quantizer: Quantizer, found: Found, axes: tuple[int, ...]) -> QTensor:
-    scale = in_leaf(found.scale.transpose(1, 0, 2).ravel(), leaf.shape, quantizer.granularity, axes)
+    scale = in_leaf(found.scale.ravel(), leaf.shape, quantizer.granularity, axes)
     return quantize_array(leaf, quantizer.format, _grid(quantizer, scale, found.mantissa, leaf.ndim))
 
 

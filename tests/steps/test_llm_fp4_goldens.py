@@ -27,6 +27,7 @@ from jaxq.steps.output_error import (
     plain_problem,
     weight_problem,
 )
+from jaxq.steps.parts import Reader
 
 GOLDENS = Path(__file__).resolve().parents[2] / "../shared/goldens"
 pytestmark = pytest.mark.skipif(not GOLDENS.exists(), reason="the published code's numbers (../shared) are not here")
@@ -86,7 +87,8 @@ def tried(
     problem: Problem, bits: int, metric: Metric, shared: bool, channel_biases: jax.Array | None, given: jax.Array
 ) -> tuple:
     grid, fmt = BiasMultiples(bits), AnyFloat(bits)
-    width = jnp.abs(problem.v).max(None if shared else 2, keepdims=True)
+    v = problem.v[:, None]
+    width = jnp.abs(v).max(None if shared else 2, keepdims=True)
 
     def spread(scale: jax.Array, mantissa: jax.Array) -> jax.Array:
         """Of 2**-k_j, k_j = clip(rint(b_j) - rint(r), 0, 2**E - 1). jaxq rounds once, clip(rint(b_j - r), ...): the
@@ -100,8 +102,8 @@ def tried(
         return power_of_two(-jnp.clip(k, 0, jnp.left_shift(1, bits - 1 - mantissa) - 1))
 
     def priced(scale: jax.Array, mantissa: jax.Array) -> jax.Array:
-        hat = fake_quant(fmt, problem.v, scale * spread(scale, mantissa), None, mantissa)
-        loss = metric(problem, hat)[0]
+        hat = fake_quant(fmt, v, scale * spread(scale, mantissa), None, mantissa)
+        loss = metric(problem, hat[:, 0])[:, 0]
         return loss.sum(keepdims=True) if shared else loss
 
     def of_format(per_format: tuple) -> tuple:
@@ -172,7 +174,8 @@ class Replay:
     def inputs_tried(self, w: State, given: np.ndarray) -> Tried:
         """The activation's search for weights."""
         w_hat = self.seen(self.w, w)
-        problem = activation_problem(self.tokens, jnp.ones(len(self.tokens)), (self.w,), (w_hat,))
+        reader = Reader(len(w_hat), lambda part: (part.of(self.w), part.of(w_hat)))
+        problem = activation_problem(self.tokens, jnp.ones(len(self.tokens)), [reader])
         fixed = jnp.square(self.tokens @ (self.w - w_hat).T).sum(keepdims=True).ravel()
         biases = jnp.asarray(self["a_biases"]) if self.shifted else None
         return self._tried(problem, True, biases, given, fixed, len(self.tokens) * len(self.w))
@@ -269,7 +272,7 @@ def test_the_published_search_of_an_embedding(bits: int) -> None:
     """Row by row; then the format. Its rounds repeat the first one."""
     z = np.load(GOLDENS / "fpq_embedding.npz")
     name, w, formats = f"fpq_baseline__e{bits}__", jnp.asarray(z["weight"]), AnyFloat(bits).splits
-    problem = plain_problem(w[None], jnp.ones(w.shape[1]), jnp.ones(len(w)))
+    problem = plain_problem(w, jnp.ones((1, w.shape[1])), jnp.ones(len(w)))
     given = scales_of(formats, z[f"{name}r0__intervals"])
     losses, scales, at_given, found = tried(problem, bits, diagonal_hessian, False, None, given)
     losses, scales, at_given = np.asarray(losses), np.asarray(scales), np.asarray(at_given) / w.shape[1]
