@@ -1,10 +1,11 @@
 """What compilers make of `execute` on packed weights, without the device: every pair of formats, on TPUs and an H200.
 
     pip install "jaxq[tpu-aot]"    # for the H200: jaxq[gpu-aot]
-    python experiments/compiled_paths.py [--targets v5e v6e v7x h200] [--rows 16 256] [--paths w8a8 ...] [--json]
+    python experiments/compiled_paths.py [--targets v5e v6e v7x h200] [--rows 16 256] [--paths w8a8 ...] [--xla]
 
 `execute` runs a product of [rows, 4096] with [4096, 4096], the activation and the result in bfloat16, compiled ahead of
-time. Columns: `by`, Pallas (the kernel of `jaxq.kernels.packed_matmul`) or XLA; `temporary`, bytes of device memory
+time; with --xla without kernels. Columns: `by`, Pallas (the kernel of `jaxq.kernels.packed_matmul`) or XLA;
+`temporary`, bytes of device memory
 beside arguments and result; `moved`, bytes that the program's operations read from device memory and write to it, a
 buffer that the compiler keeps on the chip not counted; `bytes`, `moved` over the bytes of arguments and result, which
 is the floor; `bundles`, of a TPU, the instruction bundles that all operations run through in their final schedules,
@@ -27,12 +28,13 @@ import numpy as np
 from compiled_rows import show
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
-from tpu_compiled import TARGETS, Target
+from tpu_compiled import TARGETS, Target, scheduled
 from tpu_compiled import prepare as prepare_tpu
 
 import jaxq
 from jaxq.formats import Float, Int
 from jaxq.kernels.packed_matmul import blocks
+from jaxq.kernels.plain import Products
 
 K = N = 4096
 KERNEL = "jaxq_packed_matmul"
@@ -80,14 +82,14 @@ def packed(path: str) -> jaxq.Quantized:
     return jaxq.pack(jaxq.calibrate(linear, {"w": w}, [x], jaxq.quantize(weights, activations)))
 
 
-def compiled(tree: jaxq.Quantized, rows: int, device: jax.Device) -> jax.stages.Compiled:
+def compiled(tree: jaxq.Quantized, rows: int, device: jax.Device, products: Products) -> jax.stages.Compiled:
     on = SingleDeviceSharding(device)
     x = jax.ShapeDtypeStruct((rows, K), jnp.bfloat16, sharding=on)
     tree = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on), tree)
     platform = "tpu" if device.platform == "tpu" else "cuda"
     kind = AbstractDevice(device.device_kind, None, "tpu" if platform == "tpu" else "gpu")
     with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=kind)):
-        traced = jax.jit(jaxq.execute(linear)).trace(tree, x)
+        traced = jax.jit(jaxq.execute(linear, products)).trace(tree, x)
         return traced.lower(lowering_platforms=(platform,)).compile(
             {"xla_gpu_autotune_level": 0} if kind.platform == "gpu" else None
         )
@@ -128,7 +130,7 @@ def bundles(program: str, dump: Path, rows: int) -> int:
             assert x is not None
             bm, bn = blocks(rows, K, N, int(bytes_of(x[1])))
             rounds = -(-rows // bm) * -(-N // bn)
-        total += int(re.findall(r"total.*?(\d+)", file.read_text())[0]) * rounds
+        total += scheduled(file.read_text()) * rounds
     return total
 
 
@@ -161,12 +163,12 @@ def device_of(spec: Target) -> jax.Device:
     return topologies.get_topology_desc(platform="tpu", topology_name=spec.topology).devices[0]
 
 
-def row(path: str, tree: jaxq.Quantized, target: str, rows: int, dump: Path) -> dict:
+def row(path: str, tree: jaxq.Quantized, target: str, rows: int, dump: Path, products: Products) -> dict:
     """One row of the table."""
     spec = H200 if target == "h200" else TARGETS[target]
     for file in dump.iterdir():
         file.unlink()
-    program = compiled(tree, rows, device_of(spec))
+    program = compiled(tree, rows, device_of(spec), products)
     text, memory = program.as_text(), program.memory_analysis()
     least = sum(a.nbytes for a in jax.tree.leaves(tree)) + rows * (K + N) * 2
     rate = spec.macs.get(PATHS[path][2], spec.macs["bfloat16"])
@@ -193,13 +195,14 @@ def main() -> None:
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=[*TARGETS, "h200"])
     parser.add_argument("--rows", nargs="*", type=int, default=[16, 256])
     parser.add_argument("--paths", nargs="*", default=list(PATHS), choices=list(PATHS))
+    parser.add_argument("--xla", action="store_true", help="without kernels")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each row")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tpu_paths_") as dump:
         prepare(args.targets, Path(dump))
         trees = {path: packed(path) for path in args.paths}
         rows = (
-            row(path, tree, target, count, Path(dump))
+            row(path, tree, target, count, Path(dump), "xla" if args.xla else "int8")
             for path, tree in trees.items()
             for target in args.targets
             for count in args.rows

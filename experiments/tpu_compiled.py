@@ -123,6 +123,11 @@ def dumped(dump: Path, name: str) -> str:
     return file.read_text()
 
 
+def scheduled(analysis: str) -> int:
+    """The instruction bundles of a final schedule."""
+    return int(re.findall(r"total.*?(\d+)", analysis, re.IGNORECASE)[0])
+
+
 def step_of(case: Case, target: Target) -> tuple[int, float]:
     """How many steps the grid has, and the cycles that one takes at least."""
     (rows, k), kind = case.shapes["x"][0], jnp.dtype(case.shapes["x"][1])
@@ -140,7 +145,7 @@ def row(name: str, target: str, rows: int, dump: Path, plain: bool) -> dict:
         file.unlink()
     kernel = compiled(case.kernel, case.shapes, device)
     schedule, program = (dumped(dump, f"{kind}final_bundles.txt") for kind in ("schedule-analysis_", ""))
-    bundles = int(re.findall(r"total.*?(\d+)", schedule, re.IGNORECASE)[0])
+    bundles = scheduled(schedule)
     instructions = Counter(re.findall(r"vmatmul[\w.]*|vmatpush[\w.]*", program))
     memory = kernel.memory_analysis()
     moved = memory.argument_size_in_bytes + memory.output_size_in_bytes

@@ -76,7 +76,7 @@ def has_kernel(x: Integers, fmt: Format | None, kind: str, groups: int = 1) -> b
     rows, k = x.values.shape
     if not isinstance(fmt, Int | Float) or not fits(k, groups, SMALLEST_GROUP if fmt.bits == 4 else HALF):
         return False
-    integers = fmt in (Int(8), Int(8, symmetric=False)) and k <= MOST_CHANNELS and (groups > 1 or kind == "TPU7x")
+    integers = fmt == Int(8, fmt.symmetric) and k <= MOST_CHANNELS and (groups > 1 or kind == "TPU7x")
     if fmt.bits != 4 and fmt not in MACHINE_FLOATS and not integers:
         return False
     if k // groups < HALF and rows * HALF * groups // k > STACKED_ROWS:
