@@ -16,6 +16,7 @@ Unlike the 8-bit carriers of `jaxq.kernels.carrier` these are what every matrix 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
@@ -38,6 +39,7 @@ class Expansion:
         place: of the code's lowest bit in its byte.
         flip: bits that are inverted then.
         less, factor: what is taken off the bfloat16 of these bits, and what it is multiplied by.
+        base: what is taken off them depends on the code: it is the bfloat16 of this expansion's bits.
         unit: a power of two. An asymmetric 4-bit integer's value here is its code less 8.
     """
 
@@ -47,6 +49,7 @@ class Expansion:
     less: float = 0.0
     factor: float = 1.0
     unit: float = 1.0
+    base: Expansion | None = None
 
     def bits(self, words: jax.Array, byte: int) -> jax.Array:
         """The bits of two bfloat16, of the codes in a byte, 0 or 1, of both halves of int32 words of any shape."""
@@ -60,6 +63,13 @@ class Expansion:
         if self.less:
             numbers = numbers - jnp.bfloat16(self.less)
         return numbers * jnp.bfloat16(self.factor) if self.factor != 1 else numbers
+
+    def expanded(self, words: jax.Array, numbers: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+        """The numbers of words as `bits` takes them; `numbers` are the bfloat16 of the bits of both bytes."""
+        found = numbers(self.bits(words, 0), self.bits(words, 1))
+        if self.base is not None:
+            found = found - numbers(self.base.bits(words, 0), self.base.bits(words, 1))
+        return self.finish(found)
 
 
 def expansions(fmt: Int | Float) -> tuple[Expansion, ...]:
@@ -80,6 +90,13 @@ def expansions(fmt: Int | Float) -> tuple[Expansion, ...]:
         code = Expansion(fields, factor=2.0**126, unit=2.0 ** (fmt.bias - 1))
         return (code, replace(code, place=4)) if fmt.bits == 4 else (code,)
     raise ValueError(f"{fmt} has no expansion: formats of 4 and 8 bits do, floats with up to 5 bits of exponent")
+
+
+def whole_expansions(fmt: Int | Float) -> tuple[Expansion, ...]:
+    """As `expansions`, but one of a code of 8 bits."""
+    if isinstance(fmt, Int) and fmt.bits == 8:
+        return (Expansion(((127, 0),), flip=0x4300, base=Expansion(((128, 0),), flip=0x4300)),)
+    return expansions(fmt)
 
 
 def code_values(fmt: Int | Float, codes: jax.Array) -> jax.Array:
