@@ -90,7 +90,7 @@ def tiles(m: int, depth: int, n: int, groups: int) -> tuple[int, int]:
         work = rounds * (-(-steps // splits) * max(16 * rows, 700) + 4000)
         return work + (m * n * splits / 400 + 3000 if splits > 1 else 0)
 
-    rows, splits = min(product(range(most, 0, -8), range(1, min(8, steps) + 1)), key=cycles)
+    rows, splits = min(product(range(8, most + 1, 8), range(1, min(8, steps // 2) + 1)), key=cycles)
     return rows, -(-steps // -(-steps // splits))
 
 
@@ -138,7 +138,7 @@ def _kernel(x: Any, w: Any, scale: Any, out: Any, *, fmt: Int | Float, rows: int
 
     operands = [w, *[x] * codes]
 
-    def blocks(allocations: Any) -> None:
+    def blocks(allocations: Any, multiplied_all: Any) -> None:
         @plgpu.nd_loop((splits * down * across,), collective_axes="block")
         def _(at: Any) -> None:
             (number,) = at.index
@@ -150,6 +150,7 @@ def _kernel(x: Any, w: Any, scale: Any, out: Any, *, fmt: Int | Float, rows: int
                 def multiplied(sums: Any) -> None:
                     pipeline(sums)
                     y = registers.result(sums[...])
+                    plgpu.barrier_arrive(multiplied_all)
 
                     @pl.when(column < n)
                     def _() -> None:
@@ -172,8 +173,14 @@ def _kernel(x: Any, w: Any, scale: Any, out: Any, *, fmt: Int | Float, rows: int
 
             tile_pipeline((split, i, j), context)(*operands, allocations=allocations)
 
+            @pl.when(own == MULTIPLYING * COLUMNS)
+            def _() -> None:
+                """The last step's buffers are not released otherwise."""
+                plgpu.barrier_wait(multiplied_all)
+
     nowhere = tile_pipeline((0, 0, 0), lambda _: None).get_allocations(*operands)
-    pl.run_scoped(blocks, nowhere, collective_axes="warpgroup")
+    done = plgpu.Barrier(num_arrivals=MULTIPLYING)
+    pl.run_scoped(blocks, nowhere, done, collective_axes="warpgroup")
 
 
 def _delayed(spec: plgpu.BlockSpec) -> plgpu.BlockSpec:

@@ -20,6 +20,8 @@ LANES = 128  # threads of a warpgroup, worked on at once
 THREAD = np.arange(LANES)
 T, Q, WARP = THREAD % 4, THREAD // 4 % 8, THREAD // 32
 TYPES = {"u32": np.uint32, "s32": np.int32, "b32": np.uint32, "u64": np.uint64, "s64": np.int64, "b64": np.uint64}
+TYPES |= {"u16": np.uint16, "s16": np.int16, "b16": np.uint16}
+WIDER = {np.int16: np.int32, np.uint16: np.uint32, np.int32: np.int64, np.uint32: np.uint64}
 BINARY: dict[str, Callable] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "add": np.add}
 BINARY |= {"sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum}
 COMPARED: dict[str, Callable] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
@@ -156,7 +158,11 @@ class Warpgroup:
         elif parts[0] == "setp":
             self.values[ops[0]] = COMPARED[parts[1]](self.get(ops[1], kind), self.get(ops[2], kind))
         elif parts[0] in ("mov", "cvta"):
-            self.values[ops[0]] = self.get(ops[1], kind)
+            found = self.get(ops[1], kind)
+            self.values[ops[0]] = found != 0 if parts[1] == "pred" else found
+        elif name == "cvt.rn.bf16x2.f32":
+            both = np.stack([self.floats(op, "f32") for op in (ops[2], ops[1])], 1)
+            self.values[ops[0]] = rounded(both, "bf16x2")
         elif parts[0] == "cvt":
             self.values[ops[0]] = self.get(ops[1], TYPES[parts[2]]).astype(TYPES[parts[1]])
         elif parts[0] == "selp":
@@ -184,9 +190,10 @@ class Warpgroup:
             a, by = self.get(ops[1], kind), self.get(ops[2], np.uint32).astype(kind)
             assert (by < 8 * np.dtype(kind).itemsize).all()
             return a << by if parts[0] == "shl" else a >> by
-        if "wide" in parts:
-            wide = {np.int32: np.int64, np.uint32: np.uint64}[kind]
-            return self.get(ops[1], kind).astype(wide) * self.get(ops[2], kind).astype(wide)
+        if "wide" in parts or "hi" in parts:
+            whole = self.get(ops[1], kind).astype(object) * self.get(ops[2], kind).astype(object)
+            bits = 8 * np.dtype(kind).itemsize
+            return whole.astype(WIDER[kind]) if "wide" in parts else (whole >> bits).astype(kind)
         if parts[0] == "shf":
             low, high, by = (self.get(op, np.uint32).astype(np.uint64) for op in ops[1:])
             both = high << np.uint64(32) | low
@@ -194,8 +201,8 @@ class Warpgroup:
         if parts[0] == "mad":
             a, b, c = (self.get(op, kind) for op in ops[1:])
             return a * b + c
-        if parts[0] == "not":
-            return ~self.get(ops[1], kind)
+        if parts[0] in ("not", "neg"):
+            return (np.invert if parts[0] == "not" else np.negative)(self.get(ops[1], kind))
         return BINARY[parts[0]](self.get(ops[1], kind), self.get(ops[2], kind))
 
     def floats(self, op: str, kind: str) -> np.ndarray:

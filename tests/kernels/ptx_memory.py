@@ -28,8 +28,9 @@ class Tiled:
         assert (row, column) == (0, 0), "whole tiles"
         row, column = (left.pop(0) if n > 1 else 0 for n in (height, width))
         found = tiles[row : row + self.box[0], column : column + self.box[1]]
-        assert not left and found.shape[0] in (0, self.box[0]) and found.shape[1] in (0, self.box[1]), f"half out: {at}"
-        return found if found.size else np.zeros((*self.box, 8, 128), np.uint8)
+        assert not left
+        missing = [(0, of - there) for of, there in zip(self.box, found.shape)]
+        return np.pad(found, [*missing, (0, 0), (0, 0)])
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,8 @@ class Rows:
         """The bytes of the numbers at a row and column. What is out of bounds is 0."""
         row, column = at
         found = self.matrix[row : row + 1, column : column + self.length]
-        return np.ascontiguousarray(found if found.size else np.zeros((1, self.length), self.matrix.dtype)).view(
-            np.uint8
-        )
+        missing = (0, 1 - found.shape[0]), (0, self.length - found.shape[1])
+        return np.pad(found, missing).view(np.uint8)
 
 
 @dataclass
