@@ -1,17 +1,23 @@
 """Products of many rows with packed weights on Hopper GPUs (H100, H200), as a Mosaic GPU kernel.
 
-What is multiplied is as in `jaxq.kernels.hopper_matmul`, and so is the way from packed bytes to the tensor cores:
-the weight is their left operand, expanded in registers. What differs is who does it. A block has three warpgroups: one
-copies, two multiply 128 columns each with the same rows of x, so that one expands while the other's products run, and
-each leaves its last product running while it expands the next. Blocks stay: each takes the next tile of the result
-while its first steps are already under way, in an order that keeps what neighbours read in the cache.
+    y[m, n] = (sum_k x[m, k] c[k, n] + sum_i left[i, m] right[i, n]) * row[m] * scale[n]
+
+with x in bfloat16 or int8 and c what the weight's codes stand for (an asymmetric 4-bit integer's: the code less 8);
+zero points of both sides are `left` and `right`.
+
+The weight is the left operand of the tensor cores, transposed and expanded in registers, as in `hopper_matmul`; see
+`hopper_weights`. What differs is who does it. A block has three warpgroups: one copies, two multiply 128 columns each
+with the same rows of x, so that one expands while the other's products run, and each leaves its last product running
+while it expands the next. Blocks stay: each takes the next tile of the result while its first steps are already under
+way, in an order that keeps what neighbours read in the cache.
 
 Rows are cut so that the multiprocessors share the work evenly, `tiles`; K is cut where there are few tiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
@@ -24,10 +30,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxq.formats import Float, Int
 from jaxq.kernels import hopper_registers as registers
-from jaxq.kernels.expansion import whole_expansions
+from jaxq.kernels.expansion import packed_values
 from jaxq.kernels.gpu import COLUMNS
-from jaxq.kernels.hopper_matmul import NO_INDEX, _spec
-from jaxq.kernels.hopper_registers import DEPTH
+from jaxq.kernels.hopper_matmul import NO_INDEX
+from jaxq.kernels.hopper_weights import Weights, weights
 from jaxq.kernels.layout import BLOCK, HALF, fits
 
 MULTIPLYING = 2  # warpgroups of a block
@@ -35,6 +41,26 @@ WIDTH = MULTIPLYING * COLUMNS  # of a block
 SHARED = 220 << 10  # bytes of shared memory of a block, for its steps under way
 PROCESSORS = 132
 ABREAST = 12  # tiles of rows that blocks work on at a time
+MOST_ROWS = 128  # of a tile, whose sums then take half of the registers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one product: [m, k] by [k, n] in tiles of `rows`, and K in `splits` parts of `steps` steps."""
+
+    m: int
+    n: int
+    rows: int
+    splits: int
+    steps: int
+
+    @property
+    def down(self) -> int:
+        return -(-self.m // self.rows)
+
+    @property
+    def across(self) -> int:
+        return -(-self.n // WIDTH)
 
 
 def hopper_many(
@@ -43,15 +69,20 @@ def hopper_many(
     scale: jax.Array,
     fmt: Int | Float,
     *,
+    row: jax.Array | None = None,
+    left: jax.Array | None = None,
+    right: jax.Array | None = None,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """`jaxq.kernels.hopper_matmul.hopper_matmul`, whose meaning it has, for many rows.
+    """The product above as one kernel. `plain_hopper_many` is its meaning, but for the order of summation.
 
     Args:
-        x: [M, K] bfloat16.
+        x: [M, K] bfloat16 or int8.
         w: packed codes, uint8 [K/2, N] of 4 bits, as in `jaxq.kernels.layout`, or [K, N] of 8.
-        scale: [G, N] float32.
-        fmt: of the codes, one that `jaxq.kernels.expansion` has.
+        scale: [N] float32.
+        fmt: of the codes, one that `jaxq.kernels.hopper_weights` has for x.
+        row: [M] float32.
+        left, right: [I, M] and [I, N] float32.
         dtype: of the result.
 
     Returns:
@@ -60,29 +91,37 @@ def hopper_many(
     Raises:
         ValueError: the shapes do not fit each other or the kernel, or it does not take the format.
     """
-    (m, k), n, groups = x.shape, w.shape[1], scale.shape[0]
-    made = whole_expansions(fmt)
-    if 8 * w.shape[0] != k * fmt.bits or scale.shape[1] != n or not fits(k, groups) or n % COLUMNS:
+    (m, k), n = x.shape, w.shape[1]
+    made = weights(fmt, x.dtype)
+    if 8 * w.shape[0] != k * fmt.bits or scale.shape != (n,) or not fits(k, 1) or n % COLUMNS:
         raise ValueError(f"x {x.shape}, packed weights {w.shape} of {fmt}, scales {scale.shape}: see hopper_matmul")
-    rows, splits = tiles(m, w.shape[0], n, groups)
-    x = jnp.pad(x, ((0, -m % 8), (0, 0)))  # whole tiles of shared memory
-    count = -(-m // rows) * -(-n // WIDTH) * splits
+    rows, splits = tiles(m, w.shape[0] // made.depth, n)
+    shape = Shape(m, n, rows, splits, -(-w.shape[0] // made.depth // splits))
+
+    def of_rows(vectors: jax.Array) -> jax.Array:
+        return jnp.pad(vectors, ((0, 0), (0, shape.down * rows - m)))
+
+    row = jnp.ones((1, m)) if row is None else row[None]
+    left, right = (jnp.zeros((0, m)), jnp.zeros((0, n))) if left is None or right is None else (left, right)
+    left, right = left * jnp.float32(made.unit), jnp.concatenate([scale[None] / jnp.float32(made.unit), right])
+    operands = [jnp.pad(x, ((0, -m % 8), (0, 0))), w, of_rows(jnp.concatenate([row, left])), right]  # whole tiles of x
+    if made.bias:
+        operands.append(of_rows(-made.bias * x.sum(1, dtype=jnp.int32)[None]))
     y = plgpu.kernel(
-        partial(_kernel, fmt=fmt, rows=rows, steps=-(-w.shape[0] // DEPTH // splits)),
+        partial(_kernel, made=made, codes=8 // fmt.bits, shape=shape),
         out_type=jax.ShapeDtypeStruct((splits, m, n), dtype if splits == 1 else jnp.float32),
-        grid=(min(count, PROCESSORS),),
+        grid=(min(shape.down * shape.across * splits, PROCESSORS),),
         grid_names=("block",),
         num_threads=MULTIPLYING + 1,
         thread_name="warpgroup",
         kernel_name="jaxq_hopper_many",
-    )(x, w, scale / jnp.float32(made[0].unit))
+    )(*operands)
     return y[0] if splits == 1 else y.sum(0).astype(dtype)
 
 
-def tiles(m: int, depth: int, n: int, groups: int) -> tuple[int, int]:
-    """How many rows of x a block multiplies at a time, and into how many parts K is cut, for weights of `depth` bytes
-    a column: what should take the fewest cycles, estimated."""
-    steps, most = depth // DEPTH, 128 if groups == 1 else 48
+def tiles(m: int, steps: int, n: int) -> tuple[int, int]:
+    """How many rows of x a block multiplies at a time, and into how many parts K of so many steps is cut: what should
+    take the fewest cycles, estimated."""
 
     def cycles(choice: tuple[int, int]) -> float:
         rows, splits = choice
@@ -90,99 +129,119 @@ def tiles(m: int, depth: int, n: int, groups: int) -> tuple[int, int]:
         work = rounds * (-(-steps // splits) * max(16 * rows, 700) + 4000)
         return work + (m * n * splits / 400 + 3000 if splits > 1 else 0)
 
-    rows, splits = min(product(range(8, most + 1, 8), range(1, min(8, steps // 2) + 1)), key=cycles)
+    rows, splits = min(product(range(8, MOST_ROWS + 1, 8), range(1, min(8, steps // 2) + 1)), key=cycles)
     return rows, -(-steps // -(-steps // splits))
 
 
-def _kernel(x: Any, w: Any, scale: Any, out: Any, *, fmt: Int | Float, rows: int, steps: int) -> None:
-    (splits, m, n), made, codes = out.shape, whole_expansions(fmt), 8 // fmt.bits  # in a byte
-    down, across = -(-m // rows), -(-n // WIDTH)
-    own = lax.axis_index("warpgroup") * COLUMNS  # the first column of the warpgroup's in a block
+def _kernel(x: Any, w: Any, *rest: Any, made: Weights, codes: int, shape: Shape) -> None:
+    *finishing, out = rest
+    operands, own = [w, *[x] * codes], lax.axis_index("warpgroup") * COLUMNS
+    rows, down, across = shape.rows, shape.down, shape.across
 
-    def multiply(w_part: Any, x_parts: Sequence[Any], sums: Any) -> None:
-        """While one expansion is multiplied, the next is made."""
-        part = plgpu.layout_cast(w_part[:, pl.ds(own, COLUMNS)], registers.BYTES)
-        words = registers.pairs(part)
-        for expansion, x_part in zip(made, x_parts):
-            plgpu.wgmma(sums, expansion.expanded(words, registers.fragments), x_part.transpose((1, 0)))
-
-    def body(_: Any, w_part: Any, *rest: Any) -> Any:
-        *x_parts, sums = rest
-        multiply(w_part, x_parts, sums)
-        plgpu.wgmma_wait(1)  # the step before is done with; its buffers are released now
-        return sums
-
-    def tile_pipeline(tile: tuple, context: Any) -> Any:
-        split, i, j = tile
-
-        def index(code: int, unit: int, step: Any) -> Any:
-            """In units of so many channels, where those of a step are that have their code in this place of a byte."""
-            byte = (split * steps + step) * DEPTH
-            return (byte if codes == 1 else byte // HALF * BLOCK + code * HALF + byte % HALF) // unit
-
-        def x_spec(code: int) -> plgpu.BlockSpec:
-            return _spec((rows, DEPTH), lambda t: (i, index(code, DEPTH, t)), x.dtype)
-
-        specs = [_spec((DEPTH, WIDTH), lambda t: (split * steps + t, j), w.dtype), *map(x_spec, range(codes))]
-        step_bytes = DEPTH * (WIDTH + codes * rows * x.dtype.itemsize)
-        return plgpu.emit_pipeline_warp_specialized(
-            body,
-            grid=(steps,),
-            in_specs=[_delayed(spec) for spec in specs],
-            max_concurrent_steps=min(SHARED // step_bytes, steps),
-            num_compute_wgs=MULTIPLYING,
-            memory_registers=40,
-            wg_axis="warpgroup",
-            compute_context=context,
-        )
-
-    operands = [w, *[x] * codes]
-
-    def blocks(allocations: Any, multiplied_all: Any) -> None:
-        @plgpu.nd_loop((splits * down * across,), collective_axes="block")
+    def blocks(allocations: Any, multiplied: Any) -> None:
+        @plgpu.nd_loop((shape.splits * down * across,), collective_axes="block")
         def _(at: Any) -> None:
             (number,) = at.index
             split, number = lax.div(number, down * across), lax.rem(number, down * across)
             i, j = plgpu.planar_snake(number, (down, across), 0, ABREAST)
-            first, column = i * rows, j * WIDTH + own
 
-            def context(pipeline: Any) -> None:
-                def multiplied(sums: Any) -> None:
+            def finish(sums: Any) -> None:
+                column = j * WIDTH + own
+
+                @pl.when(column < shape.n)
+                def _() -> None:
+                    y = _finished(sums, finishing, split, pl.ds(i * rows, rows), pl.ds(column, COLUMNS))
+                    to = out.at[split, pl.ds(i * rows, rows), pl.ds(column, COLUMNS)]
+                    registers.store_rows(to, y.astype(out.dtype), shape.m - i * rows)
+
+            def multiply(pipeline: Any) -> None:
+                def scoped(sums: Any) -> None:
                     pipeline(sums)
-                    y = registers.result(sums[...])
-                    plgpu.barrier_arrive(multiplied_all)
+                    found = registers.result(sums[...])
+                    plgpu.barrier_arrive(multiplied)
+                    finish(found)
 
-                    @pl.when(column < n)
-                    def _() -> None:
-                        factors = plgpu.load(
-                            scale.at[0, pl.ds(column, COLUMNS)],
-                            *NO_INDEX,
-                            layout=registers.BYTES.reduce(0),
-                            optimized=False,
-                        )
-                        factors = plgpu.layout_cast(
-                            lax.broadcast_in_dim(factors, (rows, COLUMNS), (1,)), registers.BYTES
-                        )
-                        registers.store_rows(
-                            out.at[split, pl.ds(first, rows), pl.ds(column, COLUMNS)],
-                            (y * factors).astype(out.dtype),
-                            m - first,
-                        )
+                pl.run_scoped(scoped, plgpu.WGMMAAccumulatorRef((COLUMNS, rows), made.sums))
 
-                pl.run_scoped(multiplied, plgpu.WGMMAAccumulatorRef((COLUMNS, rows), jnp.float32))
-
-            tile_pipeline((split, i, j), context)(*operands, allocations=allocations)
+            _pipeline(made, codes, shape, own, (split, i, j), x.dtype, multiply)(*operands, allocations=allocations)
 
             @pl.when(own == MULTIPLYING * COLUMNS)
             def _() -> None:
-                """The last step's buffers are not released otherwise."""
-                plgpu.barrier_wait(multiplied_all)
+                plgpu.barrier_wait(multiplied)  # the last step's buffers are not released otherwise
 
-    nowhere = tile_pipeline((0, 0, 0), lambda _: None).get_allocations(*operands)
+    somewhere = _pipeline(made, codes, shape, own, (0, 0, 0), x.dtype, lambda _: None)
     done = plgpu.Barrier(num_arrivals=MULTIPLYING)
-    pl.run_scoped(blocks, nowhere, done, collective_axes="warpgroup")
+    pl.run_scoped(blocks, somewhere.get_allocations(*operands), done, collective_axes="warpgroup")
 
 
-def _delayed(spec: plgpu.BlockSpec) -> plgpu.BlockSpec:
-    """Its buffers are released a step later."""
-    return plgpu.BlockSpec(spec.block_shape, spec.index_map, transforms=spec.transforms, delay_release=1)
+def _pipeline(
+    made: Weights, codes: int, shape: Shape, own: Any, tile: tuple, dtype: Any, context: Callable[[Any], None]
+) -> Any:
+    """The steps of a tile (split, i, j) of the result."""
+    (split, i, j), depth, steps = tile, made.depth, shape.steps
+
+    def body(_: Any, part: Any, *rest: Any) -> Any:
+        *x_parts, sums = rest
+        for fragments, x_part in zip(made.fragments(part, own), x_parts):
+            plgpu.wgmma(sums, fragments, x_part.transpose((1, 0)))
+        plgpu.wgmma_wait(1)  # the step before is done with: its buffers are released now
+        return sums
+
+    def of_x(code: int, step: Any) -> tuple[Any, Any]:
+        """Where the channels of a step are that have their code in this place of a byte."""
+        byte = (split * steps + step) * depth
+        return i, (byte if codes == 1 else byte // HALF * BLOCK + code * HALF + byte % HALF) // depth
+
+    x_specs = [_spec((shape.rows, depth), partial(of_x, code), dtype) for code in range(codes)]
+    step_bytes = depth * (WIDTH + codes * shape.rows * dtype.itemsize)
+    return plgpu.emit_pipeline_warp_specialized(
+        body,
+        grid=(steps,),
+        in_specs=[_spec((depth, WIDTH), lambda step: (split * steps + step, j), jnp.dtype(jnp.uint8)), *x_specs],
+        max_concurrent_steps=min(SHARED // step_bytes, steps),
+        num_compute_wgs=MULTIPLYING,
+        memory_registers=40,
+        wg_axis="warpgroup",
+        compute_context=context,
+    )
+
+
+def _spec(block: tuple[int, int], index: Any, dtype: Any) -> plgpu.BlockSpec:
+    """Blocks in shared memory in rows of 128 bytes, swizzled against bank conflicts, each released a step later."""
+    transforms = plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128)
+    return plgpu.BlockSpec(block, index, transforms=transforms, delay_release=1)
+
+
+def _finished(sums: jax.Array, finishing: list, split: Any, rows: pl.Slice, columns: pl.Slice) -> jax.Array:
+    """What the result is for a tile's sums [rows, 128]; what is added to them is added to the first part of K."""
+    of_rows, of_columns, *biases = finishing
+
+    def vector(of: Any, i: int, axis: int) -> jax.Array:
+        ref = of.at[i, (rows, columns)[axis]]
+        found = plgpu.load(ref, *NO_INDEX, layout=registers.BYTES.reduce(1 - axis), optimized=False)
+        return plgpu.layout_cast(lax.broadcast_in_dim(found, sums.shape, (axis,)), registers.BYTES)
+
+    for bias in biases:
+        sums = sums + vector(bias, 0, 0) * (split == 0).astype(jnp.int32)
+    y = sums.astype(jnp.float32)
+    for i in range(1, of_rows.shape[0]):
+        y = y + vector(of_rows, i, 0) * vector(of_columns, i, 1) * (split == 0).astype(jnp.float32)
+    return y * vector(of_rows, 0, 0) * vector(of_columns, 0, 1)
+
+
+def plain_hopper_many(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    fmt: Int | Float,
+    *,
+    row: jax.Array | None = None,
+    left: jax.Array | None = None,
+    right: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """What `hopper_many` means, in plain jnp, for any M, K and N."""
+    y = jnp.dot(x.astype(jnp.float32), packed_values(fmt, w, x.shape[1]), precision="highest")
+    if left is not None and right is not None:
+        y = y + jnp.dot(left.T, right, precision="highest")
+    return (y * (1 if row is None else row[:, None]) * scale).astype(dtype)

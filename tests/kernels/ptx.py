@@ -126,7 +126,7 @@ class Warpgroup:
         if "dynamic_shmem" in op:
             return np.zeros(LANES, kind)
         bits = 8 * np.dtype(kind).itemsize
-        number = MAPS if "param_" in op else int(op) % 2**bits
+        number = MAPS if "param_" in op else int(op.rstrip("U"), 0) % 2**bits
         return np.full(LANES, number, f"u{bits // 8}").view(kind)
 
     def addresses(self, op: str) -> np.ndarray:
@@ -163,6 +163,8 @@ class Warpgroup:
         elif name == "cvt.rn.bf16x2.f32":
             both = np.stack([self.floats(op, "f32") for op in (ops[2], ops[1])], 1)
             self.values[ops[0]] = rounded(both, "bf16x2")
+        elif name == "cvt.rn.f32.s32":
+            self.values[ops[0]] = rounded(self.get(ops[1], np.int32).astype(float), "f32")
         elif parts[0] == "cvt":
             self.values[ops[0]] = self.get(ops[1], TYPES[parts[2]]).astype(TYPES[parts[1]])
         elif parts[0] == "selp":
@@ -181,8 +183,9 @@ class Warpgroup:
             a, b, chosen = (self.get(op, np.uint32) for op in ops[1:])
             both = np.stack([a, b], 1).view(np.uint8)
             picks = [(chosen >> np.uint32(4 * i)) & np.uint32(15) for i in range(4)]
-            assert all((p < 8).all() for p in picks)
-            return np.stack([both[THREAD, p] for p in picks], 1).view(np.uint32)[:, 0]
+            picked = [(both[THREAD, p % 8].view(np.int8), p >= 8) for p in picks]
+            bytes_ = [np.where(sign, byte >> 7, byte) for byte, sign in picked]
+            return np.stack(bytes_, 1).view(np.uint32)[:, 0]
         if parts[0] == "bfe":
             mask = (1 << int(ops[3])) - 1
             return (self.get(ops[1], kind) >> kind(int(ops[2]))) & kind(mask)
@@ -252,25 +255,28 @@ class Warpgroup:
         self.values |= {n: words[:, i].copy() for i, n in enumerate(names)}
 
     def multiply(self, name: str, ops: list[str]) -> None:
-        """D [64, n] += A [64, 16] of registers times B [16, n] of shared memory, K contiguous there."""
-        found = re.search(r"\.m64n(\d+)k16\.f32\.bf16\.bf16", name)
+        """D [64, n] += A [64, 32 bytes] of registers times B [32 bytes, n] of shared memory, K contiguous there."""
+        found = re.search(r"\.m64n(\d+)k(?:16\.(f32)\.bf16\.bf16|32\.(s32)\.s8\.s8)", name)
         sums, a, descriptor, _, *signs = ops
-        assert found and signs == ["1", "1", "0"], "neither negated nor transposed"
-        n, names = int(found[1]), re.findall(r"%r\d+", sums)
-        left = np.zeros((64, 16))
+        assert found and signs in (["1", "1", "0"], []), "neither negated nor transposed"
+        n, kind, names = int(found[1]), found[2] or found[3], re.findall(r"%r\d+", sums)
+        left = np.zeros((64, 32), np.uint8)
         for i, register in enumerate(re.findall(r"%r\d+", a)):
-            row, k = 16 * WARP + Q + 8 * (i % 2), 2 * T + 8 * (i // 2)
-            left[row[:, None], k[:, None] + [0, 1]] = self.floats(register, "bf16x2")
+            row, k = 16 * WARP + Q + 8 * (i % 2), 4 * T + 16 * (i // 2)
+            left[row[:, None], k[:, None] + np.arange(4)] = self.get(register, np.uint32)[:, None].view(np.uint8)
         given = int(self.get(descriptor, np.uint64)[0])
         assert given >> 62 == 1, "a swizzle of 128 bytes"
         start, stride = (given & 0x3FFF) << 4, (given >> 32 & 0x3FFF) << 4
         columns = np.arange(n)[:, None]
         at = swizzled(start + columns // 8 * stride + columns % 8 * 128 + np.arange(32))
-        right = bfloat16(self.block.shared[at].view(np.uint32)).reshape(n, 16).astype(float)
-        total = left @ right.T
+        held = ml_dtypes.bfloat16 if kind == "f32" else np.int8
+        total = left.view(held).astype(float) @ self.block.shared[at].view(held).astype(float).T
         for i, register in enumerate(names):
             row, column = 16 * WARP + Q + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * T + i % 2
-            self.values[register] = rounded(self.floats(register, "f32") + total[row, column], "f32")
+            if kind == "f32":
+                self.values[register] = rounded(self.floats(register, "f32") + total[row, column], "f32")
+            else:
+                self.values[register] = self.get(register, np.int32) + total[row, column].astype(np.int32)
 
 
 def bfloat16(words: np.ndarray) -> np.ndarray:
