@@ -180,9 +180,7 @@ def looked_up(packed: jax.Array, values: Sequence[tuple[int, int]]) -> Iterator[
                 codes = utils.prmt(*two, pairs[a])
                 codes = arith.shrui(codes, _number(16)) if b else codes
                 unsigned = arith.andi(codes, _number(0x7777))
-                found[a, g, b] = _vector(
-                    arith.xori(found_in(tables[0], codes), found_in(tables[1], unsigned)), byte, 4
-                )
+                found[a, g, b] = _vector(arith.xori(found_in(tables[0], codes), found_in(tables[1], unsigned)), byte, 4)
         return found
 
     for high in (False, True):
@@ -190,7 +188,7 @@ def looked_up(packed: jax.Array, values: Sequence[tuple[int, int]]) -> Iterator[
 
 
 def result(sums: jax.Array) -> jax.Array:
-    """What fragments were multiplied to, float32 or int32 [128, rows], as [rows, 128] in the order of the weight's columns."""
+    """What fragments were multiplied to, [128, rows], as [rows, 128] in the order of the weight's columns."""
     rows = sums.shape[1]
 
     def move(sums: np.ndarray) -> np.ndarray:

@@ -1,11 +1,11 @@
 """Packed weights as left operands of a Hopper GPU's tensor cores, for products in bfloat16 or in int8.
 
-| product  | codes                      | what is multiplied                              | rows of packed bytes a step |
-|----------|----------------------------|-------------------------------------------------|-----------------------------|
-| bfloat16 | all of `expansion`         | value * unit                                    | 64                          |
-| int8     | int8                       | value                                           | 128                         |
-|          | int4, uint4                | value * 16: the nibble in the byte's high half  |                             |
-|          | E2M1, E1M2                 | value in units of its smallest step, plus bias  |                             |
+| product  | codes                      | what is multiplied                              | bytes a step |
+|----------|----------------------------|-------------------------------------------------|--------------|
+| bfloat16 | all of `expansion`         | value * unit                                    | 64           |
+| int8     | int8                       | value                                           | 128          |
+|          | int4, uint4                | value * 16: the nibble in the byte's high half  |              |
+|          | E2M1, E1M2                 | value in units of its smallest step, plus bias  |              |
 
 A warpgroup takes 128 columns of a step's bytes from shared memory. A float's code is looked up, which byte permutation
 does in eight bytes; there is no room for both signs, but there is for what a negative number is and for by how much a
