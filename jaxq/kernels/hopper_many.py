@@ -101,10 +101,12 @@ def hopper_many(
     def of_rows(vectors: jax.Array) -> jax.Array:
         return jnp.pad(vectors, ((0, 0), (0, shape.down * rows - m)))
 
-    row = jnp.ones((1, m)) if row is None else row[None]
-    left, right = (jnp.zeros((0, m)), jnp.zeros((0, n))) if left is None or right is None else (left, right)
-    left, right = left * jnp.float32(made.unit), jnp.concatenate([scale[None] / jnp.float32(made.unit), right])
-    operands = [jnp.pad(x, ((0, -m % 8), (0, 0))), w, of_rows(jnp.concatenate([row, left])), right]  # whole tiles of x
+    unit = jnp.float32(made.unit)
+    vectors, factors = [jnp.ones((1, m)) if row is None else row[None]], [scale[None] / unit]
+    if left is not None and right is not None:
+        vectors, factors = [*vectors, left * unit], [*factors, right]
+    tiled = jnp.pad(x, ((0, -m % 8), (0, 0)))  # whole tiles of shared memory
+    operands = [tiled, w, of_rows(jnp.concatenate(vectors)), jnp.concatenate(factors)]
     if made.bias:
         operands.append(of_rows(-made.bias * x.sum(1, dtype=jnp.int32)[None]))
     y = plgpu.kernel(
@@ -212,7 +214,7 @@ def _spec(block: tuple[int, int], index: Any, dtype: Any) -> plgpu.BlockSpec:
     return plgpu.BlockSpec(block, index, transforms=transforms, delay_release=1)
 
 
-def _finished(sums: jax.Array, finishing: list, split: Any, rows: pl.Slice, columns: pl.Slice) -> jax.Array:
+def _finished(sums: jax.Array, finishing: list, split: Any, rows: Any, columns: Any) -> jax.Array:
     """What the result is for a tile's sums [rows, 128]; what is added to them is added to the first part of K."""
     of_rows, of_columns, *biases = finishing
 

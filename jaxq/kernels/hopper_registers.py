@@ -84,7 +84,7 @@ def fragments(first: jax.Array, second: jax.Array) -> jax.Array:
 def deep_bytes(part: Any) -> jax.Array:
     """Packed bytes of shared memory, a reference to uint8 [128, 128] in swizzled tiles (8, 128), as `DEEP_BYTES`."""
     tiled = plgpu.RefType((plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128)))
-    declared = DEEP_BYTES.to_mgpu()
+    declared: Any = DEEP_BYTES.to_mgpu()
 
     @plgpu.inline_mgpu(
         arg_types=(tiled,), return_type=plgpu.ShapeDtypeStruct((COLUMNS, COLUMNS), jnp.uint8, layout=DEEP_BYTES)
@@ -128,9 +128,9 @@ def quads(packed: jax.Array) -> jax.Array:
         found = np.empty((2, len(rows), 2), object)  # [a, g, b]
         for g, (h0, h1, h2, h3) in enumerate(rows):
             for a, bytes_ in enumerate((FIRST, SECOND)):
-                two = [utils.prmt(*pair, _number(bytes_)) for pair in ((h0, h1), (h2, h3))]
+                first, second = (utils.prmt(*pair, _number(bytes_)) for pair in ((h0, h1), (h2, h3)))
                 for b, half in enumerate(halves):
-                    found[a, g, b] = _vector(utils.prmt(*two, half), word, 1)
+                    found[a, g, b] = _vector(utils.prmt(first, second, half), word, 1)
         return found
 
     return _moved(move, [packed], DEEP_BYTES, (COLUMNS, packed.shape[0] // 4), jnp.int32, QUADS)
