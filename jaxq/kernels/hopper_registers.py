@@ -8,12 +8,13 @@ A warpgroup has four warps of 32 lanes; lane l of warp w is 4 q + t, q below 8 a
 | pairs [64, 32]          | of rows 32 a + 8 w + q and columns 4 g + t, one word: bytes 2 a and 2 a + 1 of both rows h |
 | fragments [128, 64]     | the tensor cores' own: of rows 64 a + 16 w + 8 b + q, columns 8 g + 2 t and the next       |
 | result [rows, 128]      | as the packed bytes                                                                        |
+| columns [128]           | those of a fragment's rows                                                                 |
 
 So row 64 a + 16 w + 8 b + q of a fragment is column n = 32 w + 4 q + 2 a + b of the weight, and each lane has the bytes
 that its fragments are made from: nothing is exchanged between lanes. A pair's low half is the byte of row h = 0 and its
 high half that of h = 1, so that a nibble of each is a pair of successive channels of one column.
 
-The three functions move registers and compute nothing.
+The functions move registers and compute nothing, but for `less`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import vector
+from jaxlib.mlir.dialects import llvm, vector
 
 from jaxq.kernels.gpu import COLUMNS
 
@@ -38,6 +39,7 @@ BYTES = plgpu.Layout.TILED(
 )
 PAIRS = plgpu.Layout.TILED(plgpu.Tiling(((32, 4), (8, 4), (1,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 FRAGMENTS = plgpu.Layout.WGMMA
+ROWS = FRAGMENTS.reduce(1)
 
 
 def pairs(packed: jax.Array) -> jax.Array:
@@ -81,13 +83,52 @@ def result(sums: jax.Array) -> jax.Array:
     return _moved(move, [sums], FRAGMENTS, (rows, COLUMNS), jnp.float32, BYTES)
 
 
+def columns(numbers: jax.Array) -> jax.Array:
+    """A number for each of the weight's columns, float32 [128] as a row of bytes, for each of a fragment's rows."""
+
+    def move(numbers: np.ndarray) -> np.ndarray:
+        (four,) = numbers.flat
+        one = ir.VectorType.get((1,), ir.F32Type.get())
+        found = np.empty((2, 2), object)  # [a, b]
+        for a, b in np.ndindex(found.shape):
+            found[a, b] = vector.from_elements(one, [_element(four, 2 * a + b)])
+        return found
+
+    return _moved(move, [numbers], BYTES.reduce(0), (COLUMNS,), jnp.float32, ROWS)
+
+
+def less(numbers: jax.Array, factor: float, taken: jax.Array) -> jax.Array:
+    """`numbers * factor - taken` in one operation, bfloat16 [128, 64]; taken off each row is float32 [128], of numbers
+    that bfloat16 holds.
+
+    XLA's and LLVM's own products and differences stay two.
+    """
+
+    def move(numbers: np.ndarray, less: np.ndarray) -> np.ndarray:
+        word, half = ir.IntegerType.get_signless(32), ir.BF16Type.get()
+        by = utils.c(int(np.float32(factor).view(np.uint32) >> 16) * 0x10001, word)
+        found, less = numbers.reshape(2, DEPTH // 8, 2).copy(), less.reshape(2, 2)  # [a, g, b], [a, b]
+        for a, b in np.ndindex(less.shape):
+            both = _asm("cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", _element(less[a, b], 0))
+            for g in range(DEPTH // 8):
+                given = utils.bitcast(found[a, g, b], word)
+                found[a, g, b] = _vector(_asm("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", given, by, both), half, 2)
+        return found
+
+    return _moved(move, [numbers, -taken], (FRAGMENTS, ROWS), (COLUMNS, DEPTH), jnp.bfloat16, FRAGMENTS)
+
+
 def _moved(
-    move: Callable[..., np.ndarray], arrays: list, held: Any, shape: tuple[int, int], dtype: Any, layout: Any
+    move: Callable[..., np.ndarray], arrays: list, held: Any, shape: tuple[int, ...], dtype: Any, layout: Any
 ) -> jax.Array:
-    """Arrays, all of a layout `held`, as another of another layout, with the registers that `move` makes of theirs."""
+    """Arrays, all of a layout `held` or of one each, as another of another layout, with the registers that `move` makes
+    of theirs."""
     declared = layout.to_mgpu()
 
-    @plgpu.inline_mgpu(arg_types=(held,) * len(arrays), return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout))
+    @plgpu.inline_mgpu(
+        arg_types=held if isinstance(held, tuple) else (held,) * len(arrays),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout),
+    )
     def moved(_: Any, *arrays: Any) -> Any:
         registers = move(*(a.registers for a in arrays)).reshape(declared.registers_shape(shape))
         signed = True if jnp.issubdtype(dtype, jnp.integer) else None
@@ -95,6 +136,11 @@ def _moved(
 
     call: Any = moved  # JAX gives it its own first argument
     return call(*arrays)
+
+
+def _asm(text: str, constraints: str, *given: Any) -> Any:
+    """A word that an instruction makes."""
+    return llvm.inline_asm(ir.IntegerType.get_signless(32), given, text, constraints)
 
 
 def _vector(register: Any, element: Any, length: int) -> Any:

@@ -14,40 +14,72 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tests.kernels.ptx_memory import BUFFER, MAPS, Barrier, Block, Rows, Tiled, swizzled
+from tests.kernels.ptx_memory import BUFFER, MAPS, PEER, Barrier, Block, Rows, Tiled, swizzled
 
 LANES = 128  # threads of a warpgroup, worked on at once
 THREAD = np.arange(LANES)
 T, Q, WARP = THREAD % 4, THREAD // 4 % 8, THREAD // 32
-TYPES = {"u32": np.uint32, "s32": np.int32, "b32": np.uint32, "u64": np.uint64, "s64": np.int64, "b64": np.uint64}
+TYPES = {
+    "u16": np.uint16,
+    "s16": np.int16,
+    "u32": np.uint32,
+    "s32": np.int32,
+    "b32": np.uint32,
+    "u64": np.uint64,
+    "s64": np.int64,
+    "b64": np.uint64,
+}
 BINARY: dict[str, Callable] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "add": np.add}
 BINARY |= {"sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum}
 COMPARED: dict[str, Callable] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
 COMPARED |= {"gt": np.greater, "ge": np.greater_equal}
-NOTHING = ("prefetch", "fence", "setmaxnreg", "wgmma.fence", "wgmma.commit", "wgmma.wait", "cp.async.bulk.commit")
+NOTHING = (
+    "prefetch",
+    "fence",
+    "barrier.cluster.arrive",
+    "cp.async.bulk.wait",
+    "setmaxnreg",
+    "wgmma.fence",
+    "wgmma.commit",
+    "wgmma.wait",
+    "cp.async.bulk.commit",
+)
 
 
 def run(
-    ptx: str, grid: tuple[int, int, int], warpgroups: int, maps: list[Tiled | Rows], buffers: list[np.ndarray]
+    ptx: str,
+    grid: tuple[int, int, int],
+    warpgroups: int,
+    maps: list[Tiled | Rows],
+    buffers: list[np.ndarray],
+    cluster: int = 1,
 ) -> None:
-    """Runs a kernel of which the parameters are `buffers`, then `maps`; results are in the buffers afterwards."""
+    """Runs a kernel of which the parameters are `buffers`, then `maps`; results are in the buffers and in the maps'
+    matrices afterwards. `cluster` successive blocks of the grid's first axis share theirs."""
     program, labels = parsed(ptx)
-    for z, y, x in np.ndindex(grid[::-1]):
-        block = Block(maps, buffers)
-        groups = [Warpgroup(program, labels, block, i, (x, y, z)).run() for i in range(warpgroups)]
-        at = dict.fromkeys(range(warpgroups), "")
+    for z, y, x in np.ndindex(grid[2], grid[1], grid[0] // cluster):
+        blocks: list[Block] = []
+        blocks += [Block(maps, buffers, cluster=blocks) for _ in range(cluster)]
+        groups = {
+            (rank, i): Warpgroup(program, labels, block, i, (x * cluster + rank, y, z), rank).run()
+            for rank, block in enumerate(blocks)
+            for i in range(warpgroups)
+        }
+        at = dict.fromkeys(groups, "")
         while at:
-            before = block_state(block), dict(at)
-            if all(where.startswith("bar") for where in at.values()):
-                at = dict.fromkeys(at, "")
+            before = block_state(blocks), dict(at)
+            for held in [at, *({k: w for k, w in at.items() if k[0] == rank} for rank in range(cluster))]:
+                kind = "cluster" if held is at and cluster > 1 else "bar"
+                if held and all(where.startswith(kind) for where in held.values()):
+                    at |= dict.fromkeys(held, "")
             for i, where in list(at.items()):
-                at[i] = where if where.startswith("bar") else next(groups[i], "end")
+                at[i] = where if where.startswith(("bar", "cluster")) else next(groups[i], "end")
             at = {i: where for i, where in at.items() if where != "end"}
-            assert (block_state(block), at) != before, f"nothing can go on: {at}"
+            assert (block_state(blocks), at) != before, f"nothing can go on: {at}"
 
 
-def block_state(block: Block) -> tuple:
-    return tuple((b.pending, b.bytes, b.phase) for b in block.barriers.values())
+def block_state(blocks: list[Block]) -> list:
+    return [(b.pending, b.bytes, b.phase) for block in blocks for b in block.barriers.values()]
 
 
 def parsed(ptx: str) -> tuple[list[tuple[str | None, str, list[str]]], dict[str, int]]:
@@ -85,10 +117,11 @@ def instruction(text: str, local: Callable[[str], str]) -> tuple[str | None, str
 
 
 class Warpgroup:
-    def __init__(self, program: list, labels: dict, block: Block, index: int, at: tuple[int, int, int]):
+    def __init__(self, program: list, labels: dict, block: Block, index: int, at: tuple[int, int, int], rank: int):
         self.program, self.labels, self.block = program, labels, block
         self.values: dict[str, np.ndarray] = {"%tid.x": (THREAD + index * LANES).astype(np.uint32)}
         self.values |= {f"%ctaid.{axis}": np.full(LANES, i, np.uint32) for axis, i in zip("xyz", at)}
+        self.values["%cluster_ctaid.x"] = np.full(LANES, rank, np.uint32)
 
     def run(self) -> Iterator[str]:
         """Until the end; what it waits for on the way."""
@@ -107,6 +140,8 @@ class Warpgroup:
             elif name == "bar.sync":
                 if len(ops) == 1:
                     yield f"bar {at}"
+            elif name.startswith("barrier.cluster.wait"):
+                yield f"cluster {at}"
             elif name.startswith("mbarrier.try_wait"):
                 barrier = self.block.barriers[self.address(ops[1])]
                 while barrier.phase % 2 == int(self.get(ops[2], np.uint32)[0]):
@@ -147,6 +182,16 @@ class Warpgroup:
             self.multiply(name, ops)
         elif re.match(r"cp\.async\.bulk\.tensor\.[234]d\.shared", name):
             self.copy(ops, active)
+        elif re.match(r"cp\.async\.bulk\.tensor\.[234]d\.global", name):
+            self.store(ops, active)
+        elif parts[0] == "mapa":
+            self.values[ops[0]] = self.get(ops[1], np.uint64) + np.uint64(PEER) * (
+                self.get(ops[2], np.uint64) + np.uint64(1)
+            )
+        elif name.startswith("st.async"):
+            self.move(parts, ops[:2], active)
+            block, at = self.block.of(self.address(ops[2]))
+            block.barriers[at].move(expected=-int(active.sum()) * int(parts[-1][1:]) // 8)
         elif name.startswith("mbarrier"):
             self.barrier(name, ops, active)
         elif parts[0] in ("ld", "st"):
@@ -157,6 +202,8 @@ class Warpgroup:
             self.values[ops[0]] = COMPARED[parts[1]](self.get(ops[1], kind), self.get(ops[2], kind))
         elif parts[0] in ("mov", "cvta"):
             self.values[ops[0]] = self.get(ops[1], kind)
+        elif name == "cvt.rn.bf16x2.f32":  # the first operand is the upper half
+            self.values[ops[0]] = rounded(np.stack([self.floats(op, "f32") for op in ops[:0:-1]], 1), "bf16x2")
         elif parts[0] == "cvt":
             self.values[ops[0]] = self.get(ops[1], TYPES[parts[2]]).astype(TYPES[parts[1]])
         elif parts[0] == "selp":
@@ -184,6 +231,9 @@ class Warpgroup:
             a, by = self.get(ops[1], kind), self.get(ops[2], np.uint32).astype(kind)
             assert (by < 8 * np.dtype(kind).itemsize).all()
             return a << by if parts[0] == "shl" else a >> by
+        if "hi" in parts:
+            a, b = (self.get(op, kind).astype(np.uint64) for op in ops[1:])
+            return (a * b >> np.uint64(8 * np.dtype(kind).itemsize)).astype(kind)
         if "wide" in parts:
             wide = {np.int32: np.int64, np.uint32: np.uint64}[kind]
             return self.get(ops[1], kind).astype(wide) * self.get(ops[2], kind).astype(wide)
@@ -206,15 +256,15 @@ class Warpgroup:
     def barrier(self, name: str, ops: list[str], active: np.ndarray) -> None:
         if not active.any():
             return
-        barriers = self.block.barriers
+        block, at = self.block.of(self.address(ops[0] if ".init" in name else ops[1]))
         if ".init" in name:
             count = int(self.get(ops[1], np.uint32)[0])
-            barriers[self.address(ops[0])] = Barrier(count, count)
+            block.barriers[at] = Barrier(count, count)
             return
         each = int(self.get(ops[2], np.uint32)[0])
         if "expect_tx" in name:
-            return barriers[self.address(ops[1])].move(int(active.sum()), each * int(active.sum()))
-        barriers[self.address(ops[1])].move(each * int(active.sum()))
+            return block.barriers[at].move(int(active.sum()), each * int(active.sum()))
+        block.barriers[at].move(each * int(active.sum()))
 
     def copy(self, ops: list[str], active: np.ndarray) -> None:
         """A box into shared memory; of tiles in rows of 128 bytes, whose eight parts of 16 are swizzled by the row."""
@@ -228,6 +278,17 @@ class Warpgroup:
         where = to + np.arange(box.size)
         self.block.shared[swizzled(where) if isinstance(shown, Tiled) else where] = box.ravel()
         self.block.barriers[barrier].move(expected=-box.size)
+
+    def store(self, ops: list[str], active: np.ndarray) -> None:
+        """A box from shared memory, the other way round."""
+        if not active.any():
+            return
+        (thread,) = np.flatnonzero(active)
+        tensor, *at, source = (int(self.get(op, np.uint64)[thread]) for op in ops)
+        shown = self.block.maps[(tensor - MAPS) // 128]
+        assert isinstance(shown, Tiled)
+        where = source + np.arange(1024 * shown.box[0] * shown.box[1])
+        shown.store(at[::-1], self.block.shared[swizzled(where)])
 
     def move(self, parts: list[str], ops: list[str], active: np.ndarray) -> None:
         if parts[1].startswith("param"):
