@@ -123,7 +123,7 @@ def test_the_compiled_kernel_run_in_numpy_is_exact(name, m, k, n, tmp_path):
     maps += [ptx.Rows(a, 128) for a in numbers if groups > 1] + [ptx.Tiled(out, (rows // 8, 2))]
     (text,) = (file.read_text() for file in tmp_path.glob("*.ptx"))
     height, width = padded // min(rows, padded), n // 128
-    grid = (splits * height, width, 1) if "%ctaid.y" in text else (splits * height * width, 1, 1)
+    grid = (splits * width, height, 1) if "%ctaid.y" in text else (splits * height * width, 1, 1)
     ptx.run(text, grid, 1, maps, numbers if groups == 1 else [], splits)
     assert np.array_equal(out[:m], exact(fmt, x, codes, scale, zero).astype(ml_dtypes.bfloat16))
 
