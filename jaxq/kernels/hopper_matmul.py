@@ -128,8 +128,9 @@ def _kernel(x: Any, w: Any, scale: Any, *rest: Any, fmt: Int | Float, rows: int,
     def scaled(sums: jax.Array, factor: jax.Array) -> jax.Array:
         return sums * plgpu.layout_cast(lax.broadcast_in_dim(factor, sums.shape, (0,)), registers.FRAGMENTS)
 
-    def multiply(w_part: Any, x_part: Any, sums: Sequence[Any], zeros: Sequence[Any]) -> None:
-        """While one expansion is multiplied, the next is made."""
+    def multiply(w_part: Any, x_part: Any, sums: list[jax.Array], zeros: Sequence[Any]) -> list[jax.Array]:
+        """The sums of each code of the bytes, with a step's products added."""
+        sums = [*sums]
         for run in range(STEP // DEPTH):
             words = registers.pairs(plgpu.layout_cast(w_part[run * DEPTH : (run + 1) * DEPTH, :], registers.BYTES))
             words = made[0].flipped(words)
@@ -141,12 +142,14 @@ def _kernel(x: Any, w: Any, scale: Any, *rest: Any, fmt: Int | Float, rows: int,
                 else:
                     numbers = bits * jnp.bfloat16(e.factor)
                 at = code * STEP + run * DEPTH
-                plgpu.wgmma(sums[code], numbers, x_part.at[:, at : at + DEPTH].transpose((1, 0)))
+                right = plgpu.load(x_part.at[:, at : at + DEPTH], *NO_INDEX, layout=registers.X, optimized=False)
+                sums[code] = registers.multiplied(sums[code], numbers, right)
+        return sums
 
     def group_spec(code: int) -> plgpu.BlockSpec:
         return plgpu.BlockSpec((1, COLUMNS), lambda t: (((split * steps + t) * deep + code * STEP) // size, j))
 
-    def pipeline(body: Any, numbers: Sequence[Any], carry: jax.Array | None = None) -> Any:
+    def pipeline(body: Any, numbers: Sequence[Any], carry: Any) -> Any:
         specs = [
             plgpu.BlockSpec((STEP, COLUMNS), lambda t: (split * steps + t, j), transforms=_rows_of(128, w.dtype)),
             plgpu.BlockSpec((rows, deep), lambda t: (i, split * steps + t), transforms=_rows_of(128, x.dtype)),
@@ -160,28 +163,24 @@ def _kernel(x: Any, w: Any, scale: Any, *rest: Any, fmt: Int | Float, rows: int,
             *operands
         )
 
-    def channelwise(sums: Any) -> None:
+    def channelwise() -> tuple[jax.Array, jax.Array]:
         factor, zeros = (None if a is None else each_column(a.at[0, columns]) for a in (scale, zero))
 
-        def body(_: Any, w_part: Any, x_part: Any) -> None:
-            multiply(w_part, x_part, [sums] * codes, [zeros] * codes)
-            plgpu.wgmma_wait(0)
+        def body(_: Any, w_part: Any, x_part: Any, sums: list[jax.Array]) -> list[jax.Array]:
+            return multiply(w_part, x_part, sums, [zeros] * codes)
 
-        pipeline(body, [])
-        finish(sums[...], factor)
+        return sum(pipeline(body, [], [nothing] * codes)), factor
 
-    def by_groups(_: Any, w_part: Any, x_part: Any, *rest: Any) -> jax.Array:
-        *numbers, total = rest
-        numbers = [each_column(part.at[0]) for part in numbers]
-        scales, zeros = numbers[:codes], numbers[codes:] or [None] * codes
+    def by_groups() -> jax.Array:
+        def body(_: Any, w_part: Any, x_part: Any, *rest: Any) -> jax.Array:
+            *numbers, total = rest
+            numbers = [each_column(part.at[0]) for part in numbers]
+            scales, zeros = numbers[:codes], numbers[codes:] or [None] * codes
+            for sums, factor in zip(multiply(w_part, x_part, [nothing] * codes, zeros), scales):
+                total = total + scaled(sums, factor)
+            return total
 
-        def multiplied(*sums: Any) -> list[jax.Array]:
-            multiply(w_part, x_part, sums, zeros)
-            return [part[...] for part in sums]
-
-        for sums, factor in zip(pl.run_scoped(multiplied, *[accumulator] * codes), scales):
-            total = total + scaled(sums, factor)
-        return total
+        return pipeline(body, [scale] if zero is None else [scale, zero], nothing)
 
     def finish(total: jax.Array, factor: jax.Array | None) -> None:
         """The sum of all parts of K, which the first block of a cluster adds, always in the same order."""
@@ -212,12 +211,8 @@ def _kernel(x: Any, w: Any, scale: Any, *rest: Any, fmt: Int | Float, rows: int,
         plgpu.copy_smem_to_gmem(held, out.at[pl.ds(i * rows, rows), columns])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    accumulator = plgpu.WGMMAAccumulatorRef((COLUMNS, rows), jnp.float32)
-    if groups == 1:
-        pl.run_scoped(channelwise, accumulator)
-    else:
-        zeros = plgpu.layout_cast(jnp.zeros((COLUMNS, rows), jnp.float32), registers.FRAGMENTS)
-        finish(pipeline(by_groups, [scale] if zero is None else [scale, zero], zeros), None)
+    nothing = plgpu.layout_cast(jnp.zeros((COLUMNS, rows), jnp.float32), registers.FRAGMENTS)
+    finish(*channelwise()) if groups == 1 else finish(by_groups(), None)
 
 
 def _rows_of(width: int, dtype: Any = jnp.float32) -> tuple:

@@ -7,6 +7,7 @@ A warpgroup has four warps of 32 lanes; lane l of warp w is 4 q + t, q below 8 a
 | packed bytes [64, 128]  | of rows 8 g + 2 t + h, four bytes, n = 32 w + 4 q + i                                      |
 | pairs [64, 32]          | of rows 32 a + 8 w + q and columns 4 g + t, one word: bytes 2 a and 2 a + 1 of both rows h |
 | fragments [128, 64]     | the tensor cores' own: of rows 64 a + 16 w + 8 b + q, columns 8 g + 2 t and the next       |
+| x [rows, 64]            | of rows 8 r + q, columns 8 g + 2 t and the next; all warps the same                        |
 | result [rows, 128]      | as the packed bytes                                                                        |
 | columns [128]           | those of a fragment's rows                                                                 |
 
@@ -14,7 +15,7 @@ So row 64 a + 16 w + 8 b + q of a fragment is column n = 32 w + 4 q + 2 a + b of
 that its fragments are made from: nothing is exchanged between lanes. A pair's low half is the byte of row h = 0 and its
 high half that of h = 1, so that a nibble of each is a pair of successive channels of one column.
 
-The functions move registers and compute nothing, but for `less`.
+The functions move registers and compute nothing, but for `less` and `multiplied`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ BYTES = plgpu.Layout.TILED(
 PAIRS = plgpu.Layout.TILED(plgpu.Tiling(((32, 4), (8, 4), (1,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 FRAGMENTS = plgpu.Layout.WGMMA
 ROWS = FRAGMENTS.reduce(1)
+X = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 8), (2,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-3, -2), vector_dim=-1
+)
 
 
 def pairs(packed: jax.Array) -> jax.Array:
@@ -116,6 +120,40 @@ def less(numbers: jax.Array, factor: float, taken: jax.Array) -> jax.Array:
         return found
 
     return _moved(move, [numbers, -taken], (FRAGMENTS, ROWS), (COLUMNS, DEPTH), jnp.bfloat16, FRAGMENTS)
+
+
+def multiplied(sums: jax.Array, numbers: jax.Array, x: jax.Array) -> jax.Array:
+    """`sums + numbers x^T`: float32 [128, rows] of fragments, bfloat16 [128, 64] and x bfloat16 [rows, 64].
+
+    By the instructions of a warp, which multiply 16 columns with 8 rows. Those of a warpgroup seem to take as long for
+    8 rows as for many more, and limited the speed at which weights are read.
+    """
+    rows = sums.shape[1]
+
+    def move(sums: np.ndarray, numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
+        found, numbers, x = (a.reshape(shape) for a, shape in zip((sums, numbers, x), shapes))
+        found = found.copy()
+        for j, a, r in np.ndindex(DEPTH // 16, 2, rows // 8):
+            four = [_element(found[a, r, b], h) for b in (0, 1) for h in (0, 1)]
+            left = [numbers[a, 2 * j + high, b] for high in (0, 1) for b in (0, 1)]
+            found[a, r, 0], found[a, r, 1] = _multiply_add(four, left, [x[r, 2 * j], x[r, 2 * j + 1]])
+        return found
+
+    shapes = (2, rows // 8, 2), (2, DEPTH // 8, 2), (rows // 8, DEPTH // 8)
+    return _moved(move, [sums, numbers, x], (FRAGMENTS, FRAGMENTS, X), (COLUMNS, rows), jnp.float32, FRAGMENTS)
+
+
+def _multiply_add(four: list, left: list, right: list) -> list:
+    """One matrix instruction of a warp: two vectors of two sums each."""
+    word, number = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    given = [*(utils.bitcast(a, word) for a in (*left, *right)), *four]
+    text = (
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    )
+    constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+    found = llvm.inline_asm(llvm.StructType.get_literal([number] * 4), given, text, constraints)
+    made = [llvm.extractvalue(number, found, [i]) for i in range(4)]
+    return [vector.from_elements(ir.VectorType.get((2,), number), made[i : i + 2]) for i in (0, 2)]
 
 
 def _moved(

@@ -180,6 +180,10 @@ class Warpgroup:
             pass
         elif name.startswith("wgmma.mma_async"):
             self.multiply(name, ops)
+        elif name.startswith("mma.sync"):
+            self.multiply_by_warps(name, ops)
+        elif name.startswith("ldmatrix"):
+            self.load_matrices(name, ops)
         elif re.match(r"cp\.async\.bulk\.tensor\.[234]d\.shared", name):
             self.copy(ops, active)
         elif re.match(r"cp\.async\.bulk\.tensor\.[234]d\.global", name):
@@ -325,6 +329,31 @@ class Warpgroup:
         for i, register in enumerate(names):
             row, column = 16 * WARP + Q + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * T + i % 2
             self.values[register] = rounded(self.floats(register, "f32") + total[row, column], "f32")
+
+    def multiply_by_warps(self, name: str, ops: list[str]) -> None:
+        """D [16, 8] = A [16, 16] B [16, 8] + C of each warp, all of registers."""
+        assert name.endswith(".m16n8k16.row.col.f32.bf16.bf16.f32")
+        to, a, b, c = (re.findall(r"[%\w]+", op) for op in ops)
+        left, right, total = np.zeros((4, 16, 16)), np.zeros((4, 8, 16)), np.zeros((4, 16, 8))
+        pair = np.arange(2)
+        for i, register in enumerate(a):
+            row, k = Q + 8 * (i % 2), 2 * T + 8 * (i // 2)
+            left[WARP[:, None], row[:, None], k[:, None] + pair] = self.floats(register, "bf16x2")
+        for i, register in enumerate(b):
+            right[WARP[:, None], Q[:, None], 2 * T[:, None] + 8 * i + pair] = self.floats(register, "bf16x2")
+        for i, register in enumerate(c):
+            total[WARP, Q + 8 * (i // 2), 2 * T + i % 2] = self.floats(register, "f32")
+        total += left @ right.swapaxes(1, 2)
+        self.values |= {r: rounded(total[WARP, Q + 8 * (i // 2), 2 * T + i % 2], "f32") for i, r in enumerate(to)}
+
+    def load_matrices(self, name: str, ops: list[str]) -> None:
+        """Matrices of 8 rows of 16 bytes, whose addresses are the lanes': eight lanes' for each matrix."""
+        to, where = re.findall(r"[%\w]+", ops[0]), self.addresses(ops[1])
+        assert name == f"ldmatrix.sync.aligned.m8n8.x{len(to)}.shared.b16"
+        for i, register in enumerate(to):
+            rows = where[32 * WARP + 8 * i + Q] + 4 * T.astype(np.uint64)
+            memory, at = self.block.bytes_at(rows, 4)
+            self.values[register] = memory[at].view(np.uint32)[:, 0]
 
 
 def bfloat16(words: np.ndarray) -> np.ndarray:
