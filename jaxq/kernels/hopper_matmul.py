@@ -79,7 +79,7 @@ def hopper_matmul(
             "128"
         )
     rows, splits = tiles(m, w.shape[0], n, groups)
-    if m > 8:  # fewer come as they are: what is missing from one tile of 8 rows is not read, and not written
+    if m > 8:  # fewer come as they are: what is missing from one tile of 8 rows is not read
         x = jnp.pad(x, ((0, -m % rows), (0, 0)))
     blocks = -(-m // rows) * (n // COLUMNS) * splits
     parts = plgpu.SMEM((splits - 1, COLUMNS, rows), jnp.float32, transforms=_rows_of(4 * min(rows & -rows, 32)))
@@ -87,17 +87,16 @@ def hopper_matmul(
         partial(
             _kernel, fmt=fmt, rows=rows, splits=splits, shared=SHARED // min(RESIDENT, -(-blocks // MULTIPROCESSORS))
         ),
-        out_type=jax.ShapeDtypeStruct((x.shape[0], n), dtype),
+        out_type=jax.ShapeDtypeStruct((m, n), dtype),
         grid=(-(-m // rows), n // COLUMNS),
         grid_names=("m", "n"),
         cluster=(splits,),
         cluster_names=("split",),
         kernel_name="jaxq_hopper_matmul",
         scratch_types=[
-            plgpu.SMEM((rows, COLUMNS), dtype),
             *([parts, plgpu.Barrier(num_arrivals=splits - 1)] if splits > 1 else []),
         ],
-    )(x, w, scale, *([] if zero is None else [zero]))[:m]
+    )(x, w, scale, *([] if zero is None else [zero]))
 
 
 def tiles(m: int, depth: int, n: int, groups: int) -> tuple[int, int]:
@@ -116,7 +115,7 @@ def _kernel(x: Any, w: Any, scale: Any, *rest: Any, fmt: Int | Float, rows: int,
     made, groups = expansions(fmt), scale.shape[0]
     codes = len(made)  # in a byte
     size, deep = x.shape[1] // groups, codes * STEP  # channels of a group, of a step
-    zero, out, held, *shares = rest if len(rest) > (2 if splits == 1 else 4) else (None, *rest)
+    zero, out, *shares = rest if len(rest) % 2 == 0 else (None, *rest)
     i, j, split = (lax.axis_index(name) for name in ("m", "n", "split"))
     columns = pl.ds(j * COLUMNS, COLUMNS)
     steps = -(-w.shape[0] // STEP // splits)
@@ -156,7 +155,7 @@ def _kernel(x: Any, w: Any, scale: Any, *rest: Any, fmt: Int | Float, rows: int,
             *[group_spec(code) for _ in numbers for code in range(codes)],
         ]
         step_bytes = STEP * COLUMNS + rows * deep * x.dtype.itemsize + codes * len(numbers) * COLUMNS * 4
-        others = rows * COLUMNS * (held.dtype.itemsize + 4 * (splits - 1))
+        others = rows * COLUMNS * 4 * (splits - 1)
         stages = max(min((shared - others) // step_bytes, steps), 1)
         operands = [w, x, *[a for a in numbers for _ in range(codes)]]
         return plgpu.emit_pipeline(body, grid=(steps,), in_specs=specs, max_concurrent_steps=stages, init_carry=carry)(
@@ -206,10 +205,8 @@ def _kernel(x: Any, w: Any, scale: Any, *rest: Any, fmt: Int | Float, rows: int,
     def store(total: jax.Array, factor: jax.Array | None) -> None:
         total = total * jnp.float32(1 / made[0].unit)
         total = total if factor is None else scaled(total, factor)
-        held[...] = registers.result(total).astype(held.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(held, out.at[pl.ds(i * rows, rows), columns])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        here = out.at[pl.ds(i * rows, rows), columns]
+        registers.store_rows(here, registers.result(total).astype(out.dtype), out.shape[0] - i * rows)
 
     nothing = plgpu.layout_cast(jnp.zeros((COLUMNS, rows), jnp.float32), registers.FRAGMENTS)
     finish(*channelwise()) if groups == 1 else finish(by_groups(), None)

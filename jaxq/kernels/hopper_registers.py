@@ -26,11 +26,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxq.kernels.gpu import COLUMNS
 
@@ -154,6 +155,42 @@ def _multiply_add(four: list, left: list, right: list) -> list:
     found = llvm.inline_asm(llvm.StructType.get_literal([number] * 4), given, text, constraints)
     made = [llvm.extractvalue(number, found, [i]) for i in range(4)]
     return [vector.from_elements(ir.VectorType.get((2,), number), made[i : i + 2]) for i in (0, 2)]
+
+
+def store_rows(out: Any, y: jax.Array, count: Any) -> None:
+    """Stores the first `count` rows, or all, of y [rows, 128], held as the packed bytes, of float32 or bfloat16.
+
+    Args:
+        out: a reference to [rows, 128] of an array in device memory, of which the rows after those need not be there.
+    """
+    words = y.dtype.itemsize  # of four numbers
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), BYTES, plgpu.Layout.WG_SPLAT(y.shape)))
+    def store(_: Any, out: Any, y: Any, count: Any) -> None:
+        word, wide = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        (stride, _), _ = ir.MemRefType(out.type).get_strides_and_offset()
+
+        def number(value: int) -> Any:
+            return utils.c(value, word)
+
+        thread = arith.remui(utils.thread_idx(), number(128))
+        row = arith.muli(arith.remui(thread, number(4)), number(2))
+        column = arith.muli(arith.divui(thread, number(4)), number(4))
+        at = arith.addi(arith.muli(row, number(stride)), column)
+        start = utils.getelementptr(utils.memref_ptr(out), [arith.extui(wide, at)], y.mlir_dtype)
+        values = ",".join(f"${i + 2}" for i in range(words))
+        left = arith.subi(count.registers.flat[0], row)
+        for (g, h), four in np.ndenumerate(y.registers.reshape(-1, 2)):
+            below = 8 * g + h
+            to = utils.getelementptr(start, [below * stride], y.mlir_dtype)
+            held = utils.bitcast(four, ir.VectorType.get((words,), word))
+            given = [left, to, *(_element(held, i) for i in range(words))]
+            asm = f"{{ .reg .pred p; setp.gt.s32 p, $0, {below}; @p st.global.v{words}.b32 [$1], {{{values}}}; }}"
+            constraints = ",".join(["r", "l", *"r" * words])
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), given, asm, constraints, has_side_effects=True)
+
+    call: Any = store
+    call(out, y, lax.broadcast(jnp.int32(count), y.shape))
 
 
 def _moved(
