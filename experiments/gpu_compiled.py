@@ -4,13 +4,13 @@
     python experiments/gpu_compiled.py [--rows 1 16] [--kernels e2m1 ...] [--shapes 4096x4096 ...] [--plain] [--json]
 
 Each kernel is compiled ahead of time for an H200, all the way to machine code, for a product of [rows, K] with [K, N].
-Columns: `tile`, rows and warpgroups of a block, and parts that K is cut into; `temporary`, bytes of device memory
-beside arguments and result (sums of the parts, and x padded); `weight`, bytes of the weight in bfloat16, for
-comparison; `wgmma`, matrix instructions of one step in PTX, and `hgmma` in machine code (SASS); `registers` at launch;
-`spilled`, bytes; `serialized`, whether ptxas warns that it waits for each matrix instruction; `alu`, machine
-instructions of the kinds that expand codes (LOP3, SHF, PRMT, IMAD, HMUL2, HFMA2), all of the program's, for each code
-of a step; `plain`, with --plain, the temporary bytes of what XLA makes of the plain meaning. Nothing here is a
-measured time.
+Columns: `tile`, rows of a block and parts that K is cut into, by the blocks of a cluster; `temporary`, bytes of device
+memory beside arguments and result (x padded); `weight`, bytes of the weight in bfloat16, for comparison; `wgmma`,
+matrix instructions of one step in PTX, and `hgmma` in machine code (SASS); `registers` at launch; `spilled`, bytes;
+`serialized`, whether ptxas warns that it waits for each matrix instruction; `alu`, machine instructions of the kinds
+that expand codes (LOP3, SHF, PRMT, IMAD, HMUL2, HFMA2), all of the program's, for each code that a thread expands in a
+step; `plain`, with --plain, the temporary bytes of what XLA makes of the plain meaning. Nothing here is a measured
+time.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def h200() -> jax.Device:
     return topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices[0]
 
 
-def compiled(function: Any, rows: int, k: int, depth: int, n: int, groups: int) -> jax.stages.Compiled:
-    """A function of x, packed weights and scales, for an H200."""
+def compiled(function: Any, rows: int, k: int, depth: int, n: int, groups: int, zeros: bool) -> jax.stages.Compiled:
+    """A function of x, packed weights, scales and zero points, for an H200."""
     on = SingleDeviceSharding(h200())
-    shapes = (((rows, k), jnp.bfloat16), ((depth, n), jnp.uint8), ((groups, n), jnp.float32))
+    shapes = [((rows, k), jnp.bfloat16), ((depth, n), jnp.uint8), *[((groups, n), jnp.float32)] * (1 + zeros)]
     given = [jax.ShapeDtypeStruct(*shape, sharding=on) for shape in shapes]
     device = AbstractDevice("NVIDIA H200", None, "gpu")
     with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Explicit,), abstract_device=device)):
@@ -77,10 +77,14 @@ def compiled(function: Any, rows: int, k: int, depth: int, n: int, groups: int) 
 def row(name: str, rows: int, k: int, n: int, dump: Path, plain: bool) -> dict:
     """One row of the table."""
     fmt, groups = FORMATS[name.removesuffix("_g128")], k // 128 if name.endswith("g128") else 1
-    depth = k * fmt.bits // 8
+    depth, zeros = k * fmt.bits // 8, not fmt.symmetric
     for file in dump.iterdir():
         file.unlink()
-    memory = compiled(partial(hopper_matmul, fmt=fmt), rows, k, depth, n, groups).memory_analysis()
+
+    def product(x: jax.Array, w: jax.Array, scale: jax.Array, zero: jax.Array | None = None) -> jax.Array:
+        return hopper_matmul(x, w, scale, fmt, zero=zero, dtype=jnp.bfloat16)
+
+    memory = compiled(product, rows, k, depth, n, groups, zeros).memory_analysis()
     ptx, log, sass = (next(dump.glob(f"*.{kind}")).read_text() for kind in ("ptx", "ptxas", "sass_ctrl"))
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
@@ -91,10 +95,10 @@ def row(name: str, rows: int, k: int, n: int, dump: Path, plain: bool) -> dict:
         "temporary": memory.temp_size_in_bytes, "weight": 2 * k * n, "wgmma": ptx.count("wgmma.mma_async"),
         "hgmma": len(re.findall(r"\sHGMMA\.", sass)), "registers": int(registers[1]),
         "spilled": int(spilled[1]) + int(spilled[2]), "serialized": "serialized" in log,
-        "alu": round(expanding / 128, 2),
+        "alu": round(expanding * fmt.bits / 1024, 2),
     }  # fmt: skip
     if plain:
-        meaning = compiled(partial(plain_hopper_matmul, fmt=fmt), rows, k, depth, n, groups)
+        meaning = compiled(partial(plain_hopper_matmul, fmt=fmt), rows, k, depth, n, groups, False)
         result["plain"] = meaning.memory_analysis().temp_size_in_bytes
     return result
 

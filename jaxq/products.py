@@ -125,16 +125,16 @@ def _kernel(
     fmt, (codes, *_) = leaf.split, leaf.planes
     kind = _device(products, x.values, codes)
 
-    def weights(leaf: Packed) -> Integers:
-        return _each(weight_integers(leaf), matrix)
-
     def by_tpu(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         assert isinstance(fmt, Int | Float) and kind is not None
-        return tpu.packed_product(x, leaf.planes[0], weights(leaf), fmt, sums, kind, dtype=dtype)
+        weights = _each(weight_integers(leaf), matrix)
+        return tpu.packed_product(x, leaf.planes[0], weights, fmt, sums, kind, dtype=dtype)
 
     def by_gpu(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         assert isinstance(fmt, Int | Float)
-        return gpu.packed_product(x, leaf.planes[0], weights(leaf), fmt, sums).astype(dtype)
+        zero = leaf.grid.zero
+        scale, zero = matrix(leaf.grid.factor), None if zero is None else matrix(zero)
+        return gpu.packed_product(x, leaf.planes[0], scale, zero, fmt, sums, dtype=dtype)
 
     if kind in tpu.E4M3:
         return ("tpu", by_tpu) if tpu.has_kernel(x, fmt, kind, groups) else None

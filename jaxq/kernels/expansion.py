@@ -1,14 +1,12 @@
-"""Expansions: bfloat16 numbers made from codes of 4 or 8 bits by masks, shifts and an exact operation of bfloat16.
+"""Expansions: bfloat16 numbers made from codes of 4 or 8 bits by masks, shifts and one fused multiply-add of bfloat16.
 
 Pairs of codes, one in each half of a 32-bit word, are worked on at once:
 
-| codes                         | bits of the bfloat16                | then            |
-|-------------------------------|-------------------------------------|-----------------|
-| int4, two's complement        | those of 128, ^ code ^ 8            | less 136        |
-| uint4                         | those of 128, ^ code                | less 136        |
-| int8: two numbers, its halves | of the low one those of 128, ^ half | less 128        |
-|                               | of the high one as an int4's        | less 136, * 16  |
-| floats: sign and magnitude    | sign << 15, rest << 7 - M           | * 2**126        |
+| codes                      | bits of the bfloat16              | times               | less                |
+|----------------------------|-----------------------------------|---------------------|---------------------|
+| integers, their sign bit   | code, or code << 4: all numbers   | 2**127, or          | what stands for 0,  |
+| inverted                   | below 2**8 are so many 2**-133    | 2**123              | times 2**-6         |
+| floats: sign and magnitude | sign << 15, rest << 7 - M         | 2**126              | 0                   |
 
 A float's exponent lands in the bfloat16's, subnormals among subnormals; the factor makes the smallest normal one 1.
 Unlike the 8-bit carriers of `jaxq.kernels.carrier` these are what every matrix unit with bfloat16 multiplies.
@@ -16,7 +14,6 @@ Unlike the 8-bit carriers of `jaxq.kernels.carrier` these are what every matrix 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
@@ -32,71 +29,57 @@ WIDEST_EXPONENT = 5  # of a float: sums of numbers with wider ones may overflow
 
 @dataclass(frozen=True)
 class Expansion:
-    """How a code, or half of one, becomes a bfloat16: `number = value * unit`, exactly.
+    """How a code becomes a bfloat16: `bits * factor - less = value * unit`, exactly.
 
     Args:
         fields: (mask, shift) of the parts of a code, `code & mask` moves left by `shift`.
+        factor: what the bfloat16 of these bits is multiplied by.
         place: of the code's lowest bit in its byte.
-        flip: bits that are inverted then.
-        less, factor: what is taken off the bfloat16 of these bits, and what it is multiplied by.
-        base: what is taken off them depends on the code: it is the bfloat16 of this expansion's bits.
-        unit: a power of two. An asymmetric 4-bit integer's value here is its code less 8.
+        flip: bits of all bytes that are inverted first.
+        middle: the (inverted) code that stands for 0, unless a zero point says another.
+        unit: a power of two.
     """
 
     fields: tuple[tuple[int, int], ...]
+    factor: float
     place: int = 0
     flip: int = 0
-    less: float = 0.0
-    factor: float = 1.0
+    middle: int = 0
     unit: float = 1.0
-    base: Expansion | None = None
+
+    @property
+    def less(self) -> float:
+        """What is taken off."""
+        return self.middle * self.unit
+
+    def flipped(self, words: jax.Array) -> jax.Array:
+        """int32 words of packed bytes, of any shape, as `bits` takes them."""
+        return words ^ _word(self.flip * 0x1010101) if self.flip else words
 
     def bits(self, words: jax.Array, byte: int) -> jax.Array:
         """The bits of two bfloat16, of the codes in a byte, 0 or 1, of both halves of int32 words of any shape."""
         at = 8 * byte + self.place
-        moved = [_left(words, shift - at) & _both(mask << shift) for mask, shift in self.fields]
-        bits = reduce(or_, moved)
-        return bits ^ _both(self.flip) if self.flip else bits
-
-    def finish(self, numbers: jax.Array) -> jax.Array:
-        """The numbers, bfloat16 of any shape, that `bits` are before the last operation."""
-        if self.less:
-            numbers = numbers - jnp.bfloat16(self.less)
-        return numbers * jnp.bfloat16(self.factor) if self.factor != 1 else numbers
-
-    def expanded(self, words: jax.Array, numbers: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-        """The numbers of words as `bits` takes them; `numbers` are the bfloat16 of the bits of both bytes."""
-        found = numbers(self.bits(words, 0), self.bits(words, 1))
-        if self.base is not None:
-            found = found - numbers(self.base.bits(words, 0), self.base.bits(words, 1))
-        return self.finish(found)
+        return reduce(or_, [_left(words, shift - at) & _both(mask << shift) for mask, shift in self.fields])
 
 
 def expansions(fmt: Int | Float) -> tuple[Expansion, ...]:
-    """Of a byte: of its two codes of 4 bits, the low one first; or of a code of 8 bits, whose value is the sum.
+    """Of the codes of a byte: of two of 4 bits, the low one first, or of one of 8 bits.
 
     Raises:
         ValueError: there are none for the format.
     """
     if isinstance(fmt, Int) and fmt.bits == 4:
-        code = Expansion(((15, 0),), flip=0x4308 if fmt.symmetric else 0x4300, less=136.0)
-        return code, replace(code, place=4)
-    if isinstance(fmt, Int) and fmt.bits == 8:
-        low, high = Expansion(((15, 0),), flip=0x4300, less=128.0), Expansion(((15, 0),), flip=0x4308, less=136.0)
-        return low, replace(high, place=4, factor=16.0)
+        flip = 0x88 if fmt.symmetric else 0
+        low = Expansion(((15, 0),), 2.0**127, flip=flip, middle=8, unit=2.0**-6)
+        return low, replace(low, fields=((15, 4),), factor=2.0**123, place=4)
+    if isinstance(fmt, Int) and fmt.bits == 8:  # as they are packed: two's complement
+        return (Expansion(((255, 0),), 2.0**127, flip=0x80, middle=128, unit=2.0**-6),)
     if isinstance(fmt, Float) and fmt.bits in (4, 8) and fmt.exponent_bits <= WIDEST_EXPONENT:
         sign = 2 ** (fmt.bits - 1)
         fields = ((sign, 16 - fmt.bits), (sign - 1, 7 - fmt.mantissa_bits))
-        code = Expansion(fields, factor=2.0**126, unit=2.0 ** (fmt.bias - 1))
+        code = Expansion(fields, 2.0**126, unit=2.0 ** (fmt.bias - 1))
         return (code, replace(code, place=4)) if fmt.bits == 4 else (code,)
     raise ValueError(f"{fmt} has no expansion: formats of 4 and 8 bits do, floats with up to 5 bits of exponent")
-
-
-def whole_expansions(fmt: Int | Float) -> tuple[Expansion, ...]:
-    """As `expansions`, but one of a code of 8 bits."""
-    if isinstance(fmt, Int) and fmt.bits == 8:
-        return (Expansion(((127, 0),), flip=0x4300, base=Expansion(((128, 0),), flip=0x4300)),)
-    return expansions(fmt)
 
 
 def code_values(fmt: Int | Float, codes: jax.Array) -> jax.Array:
@@ -122,5 +105,8 @@ def _left(words: jax.Array, shift: int) -> jax.Array:
 
 def _both(half: int) -> jax.Array:
     """Sixteen bits in both halves of a word."""
-    word = half * 0x10001
-    return jnp.int32(word - 2**32 if word >= 2**31 else word)
+    return _word(half * 0x10001)
+
+
+def _word(bits: int) -> jax.Array:
+    return jnp.int32(bits - 2**32 if bits >= 2**31 else bits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +12,7 @@ from jaxq.devices import device_kind
 from jaxq.formats import Float, Format, Int
 from jaxq.kernels.expansion import WIDEST_EXPONENT
 from jaxq.kernels.layout import fits
-from jaxq.kernels.plain import Integers, element_scale, largest_integer
+from jaxq.kernels.plain import Integers, largest_integer
 
 COLUMNS = 128  # of the weight, that a warpgroup multiplies at once
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
@@ -36,32 +38,51 @@ def has_kernel(x: Integers, fmt: Format | None, columns: int, groups: int, sums:
     if x.bound is None:
         return x.values.dtype == jnp.bfloat16
     assert x.largest is not None
-    exact = x.bound.bit_length() <= 8 and x.largest * largest_integer(fmt) * (k // groups) < EXACT
+    largest = largest_integer(fmt) if fmt.symmetric else 2**fmt.bits - 1  # less a zero point that is any code
+    exact = x.bound.bit_length() <= 8 and x.largest * largest * (k // groups) < EXACT
     return fmt.bits == 4 and exact and (x.center is None or sums is not None)
 
 
-def packed_product(x: Integers, codes: jax.Array, w: Integers, fmt: Int | Float, sums: jax.Array | None) -> jax.Array:
-    """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by the kernel: y [M, N], float32.
+def packed_product(
+    x: Integers,
+    codes: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    fmt: Int | Float,
+    sums: jax.Array | None,
+    *,
+    dtype: Any,
+) -> jax.Array:
+    """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by the kernel: y [M, N] of `dtype`.
 
-    Centers come after it, in float32, in each group: (x + a)(W + b) = xW + b sum(x) + a (sum(W) + K b).
+    An activation's center comes after it, in float32: (x + a) W = xW + a sum(W) in each group.
 
     Args:
       x: as there.
       codes: of the weights, packed: uint8 [K/2, N], or of 8 bits uint8 or int8 [K, N].
-      w: scale and center of its integers, [groups, N] or [1, 1]; their values are not used.
+      scale, zero: of the weight's grid, float32; [groups, N], or 1 for either.
       fmt: of the codes.
-      sums: of w's values over each group, int32 [groups, N].
+      sums: of the weight's integers over each group, int32 [groups, N].
     """
     from jaxq.kernels.hopper_matmul import hopper_matmul  # not above: not every jaxlib comes with Mosaic GPU
 
-    scale, values = element_scale(w, fmt, codes.shape[1]), x.values.astype(jnp.bfloat16)
-    y = hopper_matmul(values, lax.bitcast_convert_type(codes, jnp.uint8), scale, fmt)
-    if w.center is not None:
-        totals = values.reshape(values.shape[0], scale.shape[0], -1).sum(2, dtype=jnp.float32)
-        y = y + jnp.dot(totals, w.center * scale, precision="highest")
+    groups, n = scale.shape[0], codes.shape[1]
+    scale = jnp.broadcast_to(scale, (groups, n))
+    zero = None if zero is None else jnp.broadcast_to(zero.astype(jnp.float32), (groups, n))
+    values = x.values.astype(jnp.bfloat16)
+    whole = x.scale is None and x.center is None
+    y = hopper_matmul(
+        values,
+        lax.bitcast_convert_type(codes, jnp.uint8),
+        scale,
+        fmt,
+        zero=zero,
+        dtype=dtype if whole else jnp.float32,
+    )
     if x.center is not None:
         assert sums is not None
-        size = values.shape[1] // scale.shape[0]
-        total = sums.astype(jnp.float32) if w.center is None else sums.astype(jnp.float32) + size * w.center
+        total = sums.astype(jnp.float32)
+        if zero is not None:
+            total = total + values.shape[1] // groups * (2 ** (fmt.bits - 1) - zero)
         y = y + x.center * (total * scale).sum(0, keepdims=True)
-    return y if x.scale is None else y * x.scale
+    return (y if x.scale is None else y * x.scale).astype(dtype)

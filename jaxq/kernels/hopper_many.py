@@ -7,8 +7,7 @@ zero points of both sides are `left` and `right`.
 
 The weight is the left operand of the tensor cores, transposed and expanded in registers, as in `hopper_matmul`; see
 `hopper_weights`. What differs is who does it. A block has three warpgroups: one copies, two multiply 128 columns each
-with the same rows of x, so that one expands while the other's products run, and each leaves its last product running
-while it expands the next. Blocks stay: each takes the next tile of the result while its first steps are already under
+with the same rows of x, so that one expands while the other's products run. Blocks stay: each takes the next tile of the result while its first steps are already under
 way, in an order that keeps what neighbours read in the cache.
 
 Rows are cut so that the multiprocessors share the work evenly, `tiles`; K is cut where there are few tiles.
@@ -140,40 +139,31 @@ def _kernel(x: Any, w: Any, *rest: Any, made: Weights, codes: int, shape: Shape)
     operands, own = [w, *[x] * codes], lax.axis_index("warpgroup") * COLUMNS
     rows, down, across = shape.rows, shape.down, shape.across
 
-    def blocks(allocations: Any, multiplied: Any) -> None:
+    def blocks(**allocations: Any) -> None:
         @plgpu.nd_loop((shape.splits * down * across,), collective_axes="block")
         def _(at: Any) -> None:
             (number,) = at.index
             split, number = lax.div(number, down * across), lax.rem(number, down * across)
             i, j = plgpu.planar_snake(number, (down, across), 0, ABREAST)
-
-            def finish(sums: Any) -> None:
-                column = j * WIDTH + own
-
-                @pl.when(column < shape.n)
-                def _() -> None:
-                    y = _finished(sums, finishing, split, pl.ds(i * rows, rows), pl.ds(column, COLUMNS))
-                    to = out.at[split, pl.ds(i * rows, rows), pl.ds(column, COLUMNS)]
-                    registers.store_rows(to, y.astype(out.dtype), shape.m - i * rows)
+            column = j * WIDTH + own
 
             def multiply(pipeline: Any) -> None:
                 def scoped(sums: Any) -> None:
                     pipeline(sums)
-                    found = registers.result(sums[...])
-                    plgpu.barrier_arrive(multiplied)
-                    finish(found)
+
+                    @pl.when(column < shape.n)
+                    def _() -> None:
+                        found = registers.result(sums[...])
+                        y = _finished(found, finishing, split, pl.ds(i * rows, rows), pl.ds(column, COLUMNS))
+                        to = out.at[split, pl.ds(i * rows, rows), pl.ds(column, COLUMNS)]
+                        registers.store_rows(to, y.astype(out.dtype), shape.m - i * rows)
 
                 pl.run_scoped(scoped, plgpu.WGMMAAccumulatorRef((COLUMNS, rows), made.sums))
 
             _pipeline(made, codes, shape, own, (split, i, j), x.dtype, multiply)(*operands, allocations=allocations)
 
-            @pl.when(own == MULTIPLYING * COLUMNS)
-            def _() -> None:
-                plgpu.barrier_wait(multiplied)  # the last step's buffers are not released otherwise
-
     somewhere = _pipeline(made, codes, shape, own, (0, 0, 0), x.dtype, lambda _: None)
-    done = plgpu.Barrier(num_arrivals=MULTIPLYING)
-    pl.run_scoped(blocks, somewhere.get_allocations(*operands), done, collective_axes="warpgroup")
+    pl.run_scoped(blocks, **somewhere.get_allocations(*operands), collective_axes="warpgroup")
 
 
 def _pipeline(
@@ -184,9 +174,10 @@ def _pipeline(
 
     def body(_: Any, part: Any, *rest: Any) -> Any:
         *x_parts, sums = rest
-        for fragments, x_part in zip(made.fragments(part, own), x_parts):
+        for fragments, x_part in zip(made.fragments(part, own, None), x_parts):
             plgpu.wgmma(sums, fragments, x_part.transpose((1, 0)))
-        plgpu.wgmma_wait(1)  # the step before is done with: its buffers are released now
+        # All of them: over the end of a loop's body the compiler does not keep the registers of one that is under way.
+        plgpu.wgmma_wait(0)
         return sums
 
     def of_x(code: int, step: Any) -> tuple[Any, Any]:
@@ -209,9 +200,9 @@ def _pipeline(
 
 
 def _spec(block: tuple[int, int], index: Any, dtype: Any) -> plgpu.BlockSpec:
-    """Blocks in shared memory in rows of 128 bytes, swizzled against bank conflicts, each released a step later."""
+    """Blocks in shared memory in rows of 128 bytes, swizzled against bank conflicts."""
     transforms = plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128)
-    return plgpu.BlockSpec(block, index, transforms=transforms, delay_release=1)
+    return plgpu.BlockSpec(block, index, transforms=transforms)
 
 
 def _finished(sums: jax.Array, finishing: list, split: Any, rows: Any, columns: Any) -> jax.Array:

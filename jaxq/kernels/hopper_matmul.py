@@ -34,10 +34,13 @@ from jaxq.kernels import hopper_registers as registers
 from jaxq.kernels.expansion import expansions, packed_values
 from jaxq.kernels.gpu import COLUMNS
 from jaxq.kernels.hopper_registers import DEPTH
-from jaxq.kernels.layout import BLOCK, HALF, fits
+from jaxq.kernels.layout import fits
 
-SHARED = 208 << 10  # bytes of shared memory of a multiprocessor, for the steps under way of its blocks
-BLOCKS = 250  # of 132 multiprocessors
+SHARED = 208 << 10  # bytes of shared memory of a multiprocessor, for what its blocks hold
+MULTIPROCESSORS = 132
+RESIDENT = 4  # blocks of a multiprocessor at most
+CLUSTER = 8  # blocks that share a column's sum at most, which is what every Hopper schedules together
+STEP = 128  # rows of packed bytes
 NO_INDEX = (None,) if jax.__version_info__ < (0, 11) else ()  # of `plgpu.load`, which JAX 0.10 must be told
 
 
@@ -47,6 +50,7 @@ def hopper_matmul(
     scale: jax.Array,
     fmt: Int | Float,
     *,
+    zero: jax.Array | None = None,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
     """The product above as one kernel. `plain_hopper_matmul` is its meaning, but for the order of summation.
@@ -56,6 +60,8 @@ def hopper_matmul(
         w: packed codes, uint8 [K/2, N] of 4 bits, as in `jaxq.kernels.layout`, or [K, N] of 8.
         scale: [G, N] float32.
         fmt: of the codes, one that `jaxq.kernels.expansion` has.
+        zero: of an asymmetric integer, [G, N] float32, whole numbers up to 256: the codes that stand for 0. None is 8
+            or 128.
         dtype: of the result.
 
     Returns:
@@ -65,7 +71,7 @@ def hopper_matmul(
         ValueError: the shapes do not fit each other or the kernel: see `layout.fits`; or it does not take the format.
     """
     (m, k), n, groups = x.shape, w.shape[1], scale.shape[0]
-    made = expansions(fmt)
+    expansions(fmt)
     if 8 * w.shape[0] != k * fmt.bits or scale.shape[1] != n or not fits(k, groups) or n % COLUMNS:
         raise ValueError(
             f"x {x.shape}, packed weights {w.shape} of {fmt}, scales {scale.shape}: the kernel takes x [M, K], weights "
@@ -73,108 +79,156 @@ def hopper_matmul(
             "128"
         )
     rows, splits = tiles(m, w.shape[0], n, groups)
-    x = jnp.pad(x, ((0, -m % rows), (0, 0)))
-    y = plgpu.kernel(
-        partial(_kernel, fmt=fmt, rows=rows, steps=-(-w.shape[0] // DEPTH // splits)),
-        out_type=jax.ShapeDtypeStruct((splits, x.shape[0], n), dtype if splits == 1 else jnp.float32),
-        grid=(x.shape[0] // rows, n // COLUMNS, splits),
-        grid_names=("m", "n", "split"),
+    if m > 8:  # fewer come as they are: what is missing from one tile of 8 rows is not read
+        x = jnp.pad(x, ((0, -m % rows), (0, 0)))
+    blocks = -(-m // rows) * (n // COLUMNS) * splits
+    parts = plgpu.SMEM((splits - 1, COLUMNS, rows), jnp.float32, transforms=_rows_of(4 * min(rows & -rows, 32)))
+    return plgpu.kernel(
+        partial(
+            _kernel, fmt=fmt, rows=rows, splits=splits, shared=SHARED // min(RESIDENT, -(-blocks // MULTIPROCESSORS))
+        ),
+        out_type=jax.ShapeDtypeStruct((m, n), dtype),
+        grid=(-(-m // rows), n // COLUMNS),
+        grid_names=("m", "n"),
+        cluster=(splits,),
+        cluster_names=("split",),
         kernel_name="jaxq_hopper_matmul",
-    )(x, w, scale / jnp.float32(made[0].unit))
-    return (y[0] if splits == 1 else y.sum(0).astype(dtype))[:m]
+        scratch_types=[
+            *([parts, plgpu.Barrier(num_arrivals=splits - 1)] if splits > 1 else []),
+        ],
+    )(x, w, scale, *([] if zero is None else [zero]))
 
 
 def tiles(m: int, depth: int, n: int, groups: int) -> tuple[int, int]:
     """How many rows of x a block multiplies, and into how many parts K is cut, for weights of `depth` bytes a column:
-    as many as make two blocks for nearly each multiprocessor. With scales of groups there are three sets of sums to
-    hold in registers."""
-    rows = min(-(-m // 8) * 8, 128 if groups == 1 else 32)
-    blocks, steps = -(-m // rows) * (n // COLUMNS), depth // DEPTH
-    splits = max(1, min(-(-BLOCKS // blocks), steps // 2, depth // (8 * rows)))
-    return rows, -(-steps // -(-steps // splits))
+    as many as make two blocks for nearly each multiprocessor. With scales of groups there are three sums to hold in
+    registers."""
+    rows = min(-(-m // 8) * 8, 64 if groups == 1 else 16)
+    blocks, steps = -(-m // rows) * (n // COLUMNS), depth // STEP
+    splits = 1
+    while splits < CLUSTER and blocks * splits < 2 * MULTIPROCESSORS - 14 and 4 * splits <= steps and rows <= 32:
+        splits *= 2
+    return rows, splits
 
 
-def _kernel(x: Any, w: Any, scale: Any, out: Any, *, fmt: Int | Float, rows: int, steps: int) -> None:
+def _kernel(x: Any, w: Any, scale: Any, *rest: Any, fmt: Int | Float, rows: int, splits: int, shared: int) -> None:
+    made, groups = expansions(fmt), scale.shape[0]
+    codes = len(made)  # in a byte
+    size, deep = x.shape[1] // groups, codes * STEP  # channels of a group, of a step
+    zero, out, *shares = rest if len(rest) % 2 == 0 else (None, *rest)
     i, j, split = (lax.axis_index(name) for name in ("m", "n", "split"))
     columns = pl.ds(j * COLUMNS, COLUMNS)
-    made, codes = expansions(fmt), 8 // fmt.bits  # in a byte
-    groups, size = scale.shape[0], x.shape[1] // scale.shape[0]
+    steps = -(-w.shape[0] // STEP // splits)
 
-    def factors(here: Any) -> jax.Array:
-        """A group's scales of this warpgroup's columns, for each row."""
-        found = plgpu.load(here, *NO_INDEX, layout=registers.BYTES.reduce(0), optimized=False)
-        return plgpu.layout_cast(lax.broadcast_in_dim(found, (rows, COLUMNS), (1,)), registers.BYTES)
+    def each_column(here: Any) -> jax.Array:
+        """Numbers of this warpgroup's columns."""
+        return registers.columns(plgpu.load(here, *NO_INDEX, layout=registers.BYTES.reduce(0), optimized=False))
 
-    def multiply(w_part: Any, x_parts: Sequence[Any], sums: Sequence[Any]) -> None:
-        """While one expansion is multiplied, the next is made."""
-        words = registers.pairs(plgpu.layout_cast(w_part[...], registers.BYTES))
-        for number, expansion in enumerate(made):
-            bits = registers.fragments(expansion.bits(words, 0), expansion.bits(words, 1))
-            plgpu.wgmma(sums[number % codes], expansion.finish(bits), x_parts[number % codes].transpose((1, 0)))
+    def scaled(sums: jax.Array, factor: jax.Array) -> jax.Array:
+        return sums * plgpu.layout_cast(lax.broadcast_in_dim(factor, sums.shape, (0,)), registers.FRAGMENTS)
 
-    def index(code: int, unit: int, step: Any) -> Any:
-        """In units of so many channels, where those of a step are that have their code in this place of a byte."""
-        byte = (split * steps + step) * DEPTH
-        return (byte if codes == 1 else byte // HALF * BLOCK + code * HALF + byte % HALF) // unit
+    def multiply(w_part: Any, x_part: Any, sums: list[jax.Array], zeros: Sequence[Any]) -> list[jax.Array]:
+        """The sums of each code of the bytes, with a step's products added."""
+        sums = [*sums]
+        for run in range(STEP // DEPTH):
+            words = registers.pairs(plgpu.layout_cast(w_part[run * DEPTH : (run + 1) * DEPTH, :], registers.BYTES))
+            words = made[0].flipped(words)
+            for code, e in enumerate(made):
+                bits = registers.fragments(e.bits(words, 0), e.bits(words, 1))
+                if e.less:
+                    taken = jnp.full((COLUMNS,), e.less) if zeros[code] is None else zeros[code] * jnp.float32(e.unit)
+                    numbers = registers.less(bits, e.factor, plgpu.layout_cast(taken, registers.ROWS))
+                else:
+                    numbers = bits * jnp.bfloat16(e.factor)
+                at = code * STEP + run * DEPTH
+                right = plgpu.load(x_part.at[:, at : at + DEPTH], *NO_INDEX, layout=registers.X, optimized=False)
+                sums[code] = registers.multiplied(sums[code], numbers, right)
+        return sums
 
-    def x_spec(code: int) -> plgpu.BlockSpec:
-        return _spec((rows, DEPTH), lambda t: (i, index(code, DEPTH, t)), x.dtype)
+    def group_spec(code: int) -> plgpu.BlockSpec:
+        return plgpu.BlockSpec((1, COLUMNS), lambda t: (((split * steps + t) * deep + code * STEP) // size, j))
 
-    def scale_spec(code: int) -> plgpu.BlockSpec:
-        return plgpu.BlockSpec((1, COLUMNS), lambda t: (index(code, size, t), j))
+    def pipeline(body: Any, numbers: Sequence[Any], carry: Any) -> Any:
+        specs = [
+            plgpu.BlockSpec((STEP, COLUMNS), lambda t: (split * steps + t, j), transforms=_rows_of(128, w.dtype)),
+            plgpu.BlockSpec((rows, deep), lambda t: (i, split * steps + t), transforms=_rows_of(128, x.dtype)),
+            *[group_spec(code) for _ in numbers for code in range(codes)],
+        ]
+        step_bytes = STEP * COLUMNS + rows * deep * x.dtype.itemsize + codes * len(numbers) * COLUMNS * 4
+        others = rows * COLUMNS * 4 * (splits - 1)
+        stages = max(min((shared - others) // step_bytes, steps), 1)
+        operands = [w, x, *[a for a in numbers for _ in range(codes)]]
+        return plgpu.emit_pipeline(body, grid=(steps,), in_specs=specs, max_concurrent_steps=stages, init_carry=carry)(
+            *operands
+        )
 
-    def pipeline(body: Any, specs: Sequence[plgpu.BlockSpec], carry: jax.Array | None = None) -> Any:
-        every = [_spec((DEPTH, COLUMNS), lambda t: (split * steps + t, j), w.dtype), *map(x_spec, range(codes)), *specs]
-        operands = [w, *[x] * codes, *[scale] * len(specs)]
-        step_bytes = DEPTH * (COLUMNS + codes * rows * x.dtype.itemsize) + len(specs) * COLUMNS * scale.dtype.itemsize
-        resident = (
-            4 if rows <= 32 else 2
-        )  # blocks of a multiprocessor, which the registers of their sums leave room for
-        stages = min(SHARED // resident // step_bytes, steps)
-        run = plgpu.emit_pipeline(body, grid=(steps,), in_specs=every, max_concurrent_steps=stages, init_carry=carry)
-        return run(*operands)
+    def channelwise() -> tuple[jax.Array, jax.Array]:
+        factor, zeros = (None if a is None else each_column(a.at[0, columns]) for a in (scale, zero))
 
-    def channelwise(sums: Any) -> None:
-        def body(_: Any, w_part: Any, *x_parts: Any) -> None:
-            multiply(w_part, x_parts, [sums] * codes)
-            plgpu.wgmma_wait(0)
+        def body(_: Any, w_part: Any, x_part: Any, sums: list[jax.Array]) -> list[jax.Array]:
+            return multiply(w_part, x_part, sums, [zeros] * codes)
 
-        pipeline(body, [])
-        store(registers.result(sums[...]) * factors(scale.at[0, columns]))
+        return sum(pipeline(body, [], [nothing] * codes)), factor
 
-    def by_groups(_: Any, w_part: Any, *rest: Any) -> jax.Array:
-        x_parts, scales, total = rest[:codes], rest[codes:-1], rest[-1]
-        scales = [factors(part.at[0]) for part in scales]
+    def by_groups() -> jax.Array:
+        def body(_: Any, w_part: Any, x_part: Any, *rest: Any) -> jax.Array:
+            *numbers, total = rest
+            numbers = [each_column(part.at[0]) for part in numbers]
+            scales, zeros = numbers[:codes], numbers[codes:] or [None] * codes
+            for sums, factor in zip(multiply(w_part, x_part, [nothing] * codes, zeros), scales):
+                total = total + scaled(sums, factor)
+            return total
 
-        def multiplied(*sums: Any) -> list[jax.Array]:
-            multiply(w_part, x_parts, sums)
-            return [part[...] for part in sums]
+        return pipeline(body, [scale] if zero is None else [scale, zero], nothing)
 
-        for sums, its in zip(pl.run_scoped(multiplied, *[accumulator] * codes), scales):
-            total = total + registers.result(sums) * its
-        return total
+    def finish(total: jax.Array, factor: jax.Array | None) -> None:
+        """The sum of all parts of K, which the first block of a cluster adds, always in the same order."""
+        if splits > 1:
+            parts, arrived = shares
 
-    def store(y: jax.Array) -> None:
-        out[split, pl.ds(i * rows, rows), columns] = y.astype(out.dtype)
+            @pl.when(split > 0)
+            def _() -> None:
+                plgpu.async_store_smem(
+                    total, parts.at[split - 1], arrived, cluster_idx=jnp.int32(0), cluster_dim="split", optimized=False
+                )
 
-    accumulator = plgpu.WGMMAAccumulatorRef((COLUMNS, rows), jnp.float32)
-    if groups == 1:
-        pl.run_scoped(channelwise, accumulator)
-    else:
-        zeros = plgpu.layout_cast(jnp.zeros((rows, COLUMNS), jnp.float32), registers.BYTES)
-        store(pipeline(by_groups, list(map(scale_spec, range(codes))), zeros))
+            @pl.when(split == 0)
+            def _() -> None:
+                plgpu.barrier_wait(arrived)
+                whole = total
+                for part in range(splits - 1):
+                    whole = whole + plgpu.load(parts.at[part], *NO_INDEX, layout=registers.FRAGMENTS, optimized=False)
+                store(whole, factor)
+        else:
+            store(total, factor)
+
+    def store(total: jax.Array, factor: jax.Array | None) -> None:
+        total = total * jnp.float32(1 / made[0].unit)
+        total = total if factor is None else scaled(total, factor)
+        here = out.at[pl.ds(i * rows, rows), columns]
+        registers.store_rows(here, registers.result(total).astype(out.dtype), out.shape[0] - i * rows)
+
+    nothing = plgpu.layout_cast(jnp.zeros((COLUMNS, rows), jnp.float32), registers.FRAGMENTS)
+    finish(*channelwise()) if groups == 1 else finish(by_groups(), None)
 
 
-def _spec(block: tuple[int, int], index: Any, dtype: Any) -> plgpu.BlockSpec:
-    """Blocks in shared memory in rows of 128 bytes, swizzled against bank conflicts."""
-    width = 128 // dtype.itemsize
-    return plgpu.BlockSpec(block, index, transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)))
+def _rows_of(width: int, dtype: Any = jnp.float32) -> tuple:
+    """How a tile lies in shared memory: in rows of so many bytes, swizzled against bank conflicts."""
+    return plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(width)
 
 
 def plain_hopper_matmul(
-    x: jax.Array, w: jax.Array, scale: jax.Array, fmt: Int | Float, *, dtype: Any = jnp.float32
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    fmt: Int | Float,
+    *,
+    zero: jax.Array | None = None,
+    dtype: Any = jnp.float32,
 ) -> jax.Array:
     """What `hopper_matmul` means, in plain jnp, for any K and N and any size of groups that divides K."""
     values = packed_values(fmt, w, x.shape[1]).reshape(scale.shape[0], -1, w.shape[1])
+    if zero is not None:
+        values = values + (2 ** (fmt.bits - 1) - zero[:, None, :])
     a = x.astype(jnp.float32).reshape(x.shape[0], scale.shape[0], -1)
     return jnp.einsum("mgk,gkn,gn->mn", a, values, scale, precision="highest").astype(dtype)

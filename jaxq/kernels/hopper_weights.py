@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,9 +25,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxq.formats import Float, Int
+from jaxq.kernels import hopper_bytes as in_int8
 from jaxq.kernels import hopper_registers as registers
 from jaxq.kernels.carrier import int8_carrier
-from jaxq.kernels.expansion import expansions, whole_expansions
+from jaxq.kernels.expansion import expansions
 from jaxq.kernels.gpu import COLUMNS
 from jaxq.kernels.plain import largest_integer
 
@@ -39,13 +41,14 @@ class Weights:
 
     Args:
         depth: rows of packed bytes of a step.
-        fragments: of a step's packed bytes, a reference to uint8 [depth, 256] in shared memory, and a column: what the
-            128 columns from there on are, [128, depth] for each of a byte's codes, made one after the other.
+        fragments: of a step's packed bytes, a reference to uint8 [depth, 256] in shared memory, a column and zeros:
+            what the 128 columns from there on are, [128, depth] for each of a byte's codes, made one after the other.
+            The zeros are what is taken off codes that are expanded, times the unit: float32 [128], or None.
         sums: the dtype that they are added up in.
     """
 
     depth: int
-    fragments: Callable[[Any, Any], Iterator[jax.Array]]
+    fragments: Callable[[Any, Any, jax.Array | None], Iterator[jax.Array]]
     sums: Any
     unit: float = 1.0
     bias: int = 0
@@ -58,33 +61,35 @@ def weights(fmt: Int | Float, dtype: Any) -> Weights:
         ValueError: the format is not among the dtype's in the table above.
     """
     if dtype == jnp.bfloat16:
-        return Weights(registers.DEPTH, lambda part, column: _expanded(fmt, part, column), jnp.float32, _unit(fmt))
+        return Weights(registers.DEPTH, partial(_expanded, fmt), jnp.float32, expansions(fmt)[0].unit)
     if isinstance(fmt, Int) and fmt.bits in (4, 8):
-        unit = 16.0 if fmt.bits == 4 else 1.0
-        return Weights(2 * registers.DEPTH, lambda part, column: _moved(fmt, part, column), jnp.int32, unit)
+        return Weights(2 * registers.DEPTH, partial(_moved, fmt), jnp.int32, 16.0 if fmt.bits == 4 else 1.0)
     if fmt in MAGNITUDES:
         unit, bias = 2.0 ** (fmt.bias - 1 + fmt.mantissa_bits), largest_integer(fmt)
-        return Weights(2 * registers.DEPTH, lambda part, column: _found(fmt, part, column), jnp.int32, unit, bias)
+        return Weights(2 * registers.DEPTH, partial(_found, fmt), jnp.int32, unit, bias)
     raise ValueError(f"{fmt} is not multiplied in int8: integers of 4 and 8 bits are, E2M1 and E1M2")
 
 
-def _unit(fmt: Int | Float) -> float:
-    return expansions(fmt)[0].unit
+def _expanded(fmt: Int | Float, part: Any, column: Any, zeros: jax.Array | None) -> Iterator[jax.Array]:
+    made = expansions(fmt)
+    packed = plgpu.layout_cast(part[:, pl.ds(column, COLUMNS)], registers.BYTES)
+    words = made[0].flipped(registers.pairs(packed))
+    for e in made:
+        bits = registers.fragments(e.bits(words, 0), e.bits(words, 1))
+        if e.less:
+            taken = plgpu.layout_cast(jnp.full((COLUMNS,), e.less), registers.ROWS) if zeros is None else zeros
+            yield registers.less(bits, e.factor, taken)
+        else:
+            yield bits * jnp.bfloat16(e.factor)
 
 
-def _expanded(fmt: Int | Float, part: Any, column: Any) -> Iterator[jax.Array]:
-    words = registers.pairs(plgpu.layout_cast(part[:, pl.ds(column, COLUMNS)], registers.BYTES))
-    for expansion in whole_expansions(fmt):
-        yield expansion.expanded(words, registers.fragments)
-
-
-def _moved(fmt: Int, part: Any, column: Any) -> Iterator[jax.Array]:
-    words = registers.quads(registers.deep_bytes(part.at[:, pl.ds(column, COLUMNS)]))
+def _moved(fmt: Int, part: Any, column: Any, _: None) -> Iterator[jax.Array]:
+    words = in_int8.quads(in_int8.deep_bytes(part.at[:, pl.ds(column, COLUMNS)]))
     for half in (words,) if fmt.bits == 8 else int8_carrier(fmt).halves(words):
-        yield registers.integers(half)
+        yield in_int8.integers(half)
 
 
-def _found(fmt: Float, part: Any, column: Any) -> Iterator[jax.Array]:
-    packed = registers.deep_bytes(part.at[:, pl.ds(column, COLUMNS)])
+def _found(fmt: Float, part: Any, column: Any, _: None) -> Iterator[jax.Array]:
+    packed = in_int8.deep_bytes(part.at[:, pl.ds(column, COLUMNS)])
     bias = largest_integer(fmt)
-    yield from registers.looked_up(packed, [(bias + v, bias - v) for v in MAGNITUDES[fmt]])
+    yield from in_int8.looked_up(packed, [(bias + v, bias - v) for v in MAGNITUDES[fmt]])

@@ -1,8 +1,10 @@
 """Runs a compiled kernel of Mosaic GPU without a GPU: its PTX, instruction by instruction, in numpy.
 
 Written against NVIDIA's PTX ISA 9.0, not against JAX: the fragments' layouts, shared memory's swizzle, the matrix
-descriptors and barriers are as that document has them. What it leaves out is time: copies and matrix products are done
-as soon as they are issued, so that an absent wait is not found; an absent arrival is (nothing can go on).
+descriptors and barriers are as that document has them. What goes on beside a warpgroup is
+done as late as possible: copies into shared memory when nothing else can go on, though what was there before is lost at
+once, and the products of a warpgroup when it waits for them. So an absent wait or arrival is found. What registers the
+machine has for those of PTX is another matter: `sass`.
 """
 
 from __future__ import annotations
@@ -11,86 +13,84 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from tests.kernels.ptx_memory import BUFFER, MAPS, Barrier, Block, Rows, Tiled, swizzled
+from tests.kernels.ptx_matrix import (
+    LANES,
+    THREAD,
+    bfloat16,
+    load_matrices,
+    multiply,
+    multiply_by_warps,
+    rounded,
+)
+from tests.kernels.ptx_memory import BUFFER, MAPS, PEER, Barrier, Block, Rows, Tiled, swizzled
+from tests.kernels.ptx_text import parsed
 
-LANES = 128  # threads of a warpgroup, worked on at once
-THREAD = np.arange(LANES)
-T, Q, WARP = THREAD % 4, THREAD // 4 % 8, THREAD // 32
-TYPES = {"u32": np.uint32, "s32": np.int32, "b32": np.uint32, "u64": np.uint64, "s64": np.int64, "b64": np.uint64}
-TYPES |= {"u16": np.uint16, "s16": np.int16, "b16": np.uint16}
-WIDER = {np.int16: np.int32, np.uint16: np.uint32, np.int32: np.int64, np.uint32: np.uint64}
+TYPES = {
+    f"{kind}{bits}": np.dtype(f"{'i' if kind == 's' else 'u'}{bits // 8}").type
+    for kind in "usb"
+    for bits in (16, 32, 64)
+}
 BINARY: dict[str, Callable] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "add": np.add}
 BINARY |= {"sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum}
 COMPARED: dict[str, Callable] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
 COMPARED |= {"gt": np.greater, "ge": np.greater_equal}
-NOTHING = ("prefetch", "fence", "setmaxnreg", "wgmma.fence", "wgmma.commit", "wgmma.wait", "cp.async.bulk.commit")
+NOTHING = (
+    "prefetch",
+    "fence",
+    "barrier.cluster.arrive",
+    "cp.async.bulk.wait",
+    "setmaxnreg",
+    "wgmma.fence",
+    "cp.async.bulk.commit",
+)
 
 
 def run(
-    ptx: str, grid: tuple[int, int, int], warpgroups: int, maps: list[Tiled | Rows], buffers: list[np.ndarray]
+    ptx: str,
+    grid: tuple[int, int, int],
+    warpgroups: int,
+    maps: list[Tiled | Rows],
+    buffers: list[np.ndarray],
+    cluster: int = 1,
 ) -> None:
-    """Runs a kernel of which the parameters are `buffers`, then `maps`; results are in the buffers afterwards."""
+    """Runs a kernel of which the parameters are `buffers`, then `maps`; results are in the buffers and in the maps'
+    matrices afterwards. `cluster` successive blocks of the grid's first axis share theirs."""
     program, labels = parsed(ptx)
-    for z, y, x in np.ndindex(grid[::-1]):
-        block = Block(maps, buffers)
-        groups = [Warpgroup(program, labels, block, i, (x, y, z)).run() for i in range(warpgroups)]
-        at = dict.fromkeys(range(warpgroups), "")
+    for z, y, x in np.ndindex(grid[2], grid[1], grid[0] // cluster):
+        blocks: list[Block] = []
+        blocks += [Block(maps, buffers, cluster=blocks) for _ in range(cluster)]
+        groups = {
+            (rank, i): Warpgroup(program, labels, block, i, (x * cluster + rank, y, z), rank).run()
+            for rank, block in enumerate(blocks)
+            for i in range(warpgroups)
+        }
+        at = dict.fromkeys(groups, "")
         while at:
-            before = block_state(block), dict(at)
-            if all(where.startswith("bar") for where in at.values()):
-                at = dict.fromkeys(at, "")
+            before = block_state(blocks), dict(at)
+            for held in [at, *({k: w for k, w in at.items() if k[0] == rank} for rank in range(cluster))]:
+                kind = "cluster" if held is at and cluster > 1 else "bar"
+                if held and all(where.startswith(kind) for where in held.values()):
+                    at |= dict.fromkeys(held, "")
             for i, where in list(at.items()):
-                at[i] = where if where.startswith("bar") else next(groups[i], "end")
+                at[i] = where if where.startswith(("bar", "cluster")) else next(groups[i], "end")
             at = {i: where for i, where in at.items() if where != "end"}
-            assert (block_state(block), at) != before, f"nothing can go on: {at}"
+            if (block_state(blocks), at) == before:
+                assert sum(block.land() for block in blocks), f"nothing can go on: {at}"
 
 
-def block_state(block: Block) -> tuple:
-    return tuple((b.pending, b.bytes, b.phase) for b in block.barriers.values())
-
-
-def parsed(ptx: str) -> tuple[list[tuple[str | None, str, list[str]]], dict[str, int]]:
-    """(predicate, instruction, operands), and where the labels are. Names inside braces are local."""
-    program: list[tuple[str | None, str, list[str]]] = []
-    labels: dict[str, int] = {}
-    text = ptx[ptx.index("$L__func_begin0:") : ptx.index("$L__func_end0:")]
-    text = "\n".join(line.split("//")[0] for line in text.splitlines() if not line.strip().startswith(".loc"))
-    depth, count = 0, 0
-
-    def local(name: str) -> str:
-        return f"{name}@{count}" if depth and not name.startswith(("%", "$")) else name
-
-    for line in text.splitlines():
-        line = line.strip()
-        if line.startswith("{"):
-            depth, count, line = depth + 1, count + 1, line[1:]
-        closes = line.endswith("}") and not line.endswith("};")
-        for part in filter(None, map(str.strip, line[: -1 if closes else None].split(";"))):
-            if label := re.fullmatch(r"([\w$]+):", part):
-                labels[local(label[1])] = len(program)
-            elif not part.startswith((".reg", ".shared")):
-                program.append(instruction(part, local))
-        depth -= closes
-    return program, labels
-
-
-def instruction(text: str, local: Callable[[str], str]) -> tuple[str | None, str, list[str]]:
-    found = re.fullmatch(r"(?:@(!?[%\w]+)\s+)?([\w.:]+)\s*(.*)", text, re.S)
-    assert found, text
-    predicate, name, operands = found.groups()
-    pattern = r"[%\w$]+" if name.startswith("cp.async.bulk.tensor") else r"\[[^\]]*\]|\{[^}]*\}|[^,\s]+"
-    split = [local(op) if re.fullmatch(r"[A-Zp]\w*", op) else op for op in re.findall(pattern, operands)]
-    return predicate and local(predicate), name, split
+def block_state(blocks: list[Block]) -> list:
+    return [(b.pending, b.bytes, b.phase) for block in blocks for b in block.barriers.values()]
 
 
 class Warpgroup:
-    def __init__(self, program: list, labels: dict, block: Block, index: int, at: tuple[int, int, int]):
+    def __init__(self, program: list, labels: dict, block: Block, index: int, at: tuple[int, int, int], rank: int):
         self.program, self.labels, self.block = program, labels, block
+        self.products: list[list[tuple[str, list[str]]]] = [[]]  # under way, by groups; the last is not committed
         self.values: dict[str, np.ndarray] = {"%tid.x": (THREAD + index * LANES).astype(np.uint32)}
         self.values |= {f"%ctaid.{axis}": np.full(LANES, i, np.uint32) for axis, i in zip("xyz", at)}
+        self.values["%cluster_ctaid.x"] = np.full(LANES, rank, np.uint32)
 
     def run(self) -> Iterator[str]:
         """Until the end; what it waits for on the way."""
@@ -105,10 +105,13 @@ class Warpgroup:
                 assert active.all() or not active.any(), "warpgroups branch together"
                 at = self.labels[ops[0]] if active.any() else at
             elif name == "ret":
+                assert self.products == [[]], "a product is not waited for"
                 return
             elif name == "bar.sync":
                 if len(ops) == 1:
                     yield f"bar {at}"
+            elif name.startswith("barrier.cluster.wait"):
+                yield f"cluster {at}"
             elif name.startswith("mbarrier.try_wait"):
                 barrier = self.block.barriers[self.address(ops[1])]
                 while barrier.phase % 2 == int(self.get(ops[2], np.uint32)[0]):
@@ -116,6 +119,13 @@ class Warpgroup:
                 self.values[ops[0]] = np.ones(LANES, bool)
             else:
                 self.step(name, ops, active)
+
+    def wait(self, left: int) -> None:
+        """Until so many groups of products are under way."""
+        done = len(self.products) - 1 - left
+        for name, ops in [product for group in self.products[: max(done, 0)] for product in group]:
+            multiply(self, name, ops)
+        self.products = self.products[max(done, 0) :]
 
     def get(self, op: str, kind: Any) -> np.ndarray:
         if op in self.values:
@@ -146,9 +156,27 @@ class Warpgroup:
         elif name.startswith(NOTHING):
             pass
         elif name.startswith("wgmma.mma_async"):
-            self.multiply(name, ops)
+            self.products[-1].append((name, ops))
+        elif name.startswith("wgmma.commit"):
+            self.products.append([])
+        elif name.startswith("wgmma.wait"):
+            self.wait(int(ops[0]))
+        elif name.startswith("mma.sync"):
+            multiply_by_warps(self, name, ops)
+        elif name.startswith("ldmatrix"):
+            load_matrices(self, name, ops)
         elif re.match(r"cp\.async\.bulk\.tensor\.[234]d\.shared", name):
             self.copy(ops, active)
+        elif re.match(r"cp\.async\.bulk\.tensor\.[234]d\.global", name):
+            self.store(ops, active)
+        elif parts[0] == "mapa":
+            self.values[ops[0]] = self.get(ops[1], np.uint64) + np.uint64(PEER) * (
+                self.get(ops[2], np.uint64) + np.uint64(1)
+            )
+        elif name.startswith("st.async"):
+            self.move(parts, ops[:2], active)
+            block, at = self.block.of(self.address(ops[2]))
+            block.barriers[at].move(expected=-int(active.sum()) * int(parts[-1][1:]) // 8)
         elif name.startswith("mbarrier"):
             self.barrier(name, ops, active)
         elif parts[0] in ("ld", "st"):
@@ -160,9 +188,8 @@ class Warpgroup:
         elif parts[0] in ("mov", "cvta"):
             found = self.get(ops[1], kind)
             self.values[ops[0]] = found != 0 if parts[1] == "pred" else found
-        elif name == "cvt.rn.bf16x2.f32":
-            both = np.stack([self.floats(op, "f32") for op in (ops[2], ops[1])], 1)
-            self.values[ops[0]] = rounded(both, "bf16x2")
+        elif name == "cvt.rn.bf16x2.f32":  # the first operand is the upper half
+            self.values[ops[0]] = rounded(np.stack([self.floats(op, "f32") for op in ops[:0:-1]], 1), "bf16x2")
         elif name == "cvt.rn.f32.s32":
             self.values[ops[0]] = rounded(self.get(ops[1], np.int32).astype(float), "f32")
         elif parts[0] == "cvt":
@@ -194,9 +221,8 @@ class Warpgroup:
             assert (by < 8 * np.dtype(kind).itemsize).all()
             return a << by if parts[0] == "shl" else a >> by
         if "wide" in parts or "hi" in parts:
-            whole = self.get(ops[1], kind).astype(object) * self.get(ops[2], kind).astype(object)
-            bits = 8 * np.dtype(kind).itemsize
-            return whole.astype(WIDER[kind]) if "wide" in parts else (whole >> bits).astype(kind)
+            whole, bits = self.get(ops[1], kind).astype(object) * self.get(ops[2], kind), 8 * np.dtype(kind).itemsize
+            return whole.astype(TYPES[f"{last[0]}{2 * bits}"]) if "wide" in parts else (whole >> bits).astype(kind)
         if parts[0] == "shf":
             low, high, by = (self.get(op, np.uint32).astype(np.uint64) for op in ops[1:])
             both = high << np.uint64(32) | low
@@ -216,15 +242,15 @@ class Warpgroup:
     def barrier(self, name: str, ops: list[str], active: np.ndarray) -> None:
         if not active.any():
             return
-        barriers = self.block.barriers
+        block, at = self.block.of(self.address(ops[0] if ".init" in name else ops[1]))
         if ".init" in name:
             count = int(self.get(ops[1], np.uint32)[0])
-            barriers[self.address(ops[0])] = Barrier(count, count)
+            block.barriers[at] = Barrier(count, count)
             return
         each = int(self.get(ops[2], np.uint32)[0])
         if "expect_tx" in name:
-            return barriers[self.address(ops[1])].move(int(active.sum()), each * int(active.sum()))
-        barriers[self.address(ops[1])].move(each * int(active.sum()))
+            return block.barriers[at].move(int(active.sum()), each * int(active.sum()))
+        block.barriers[at].move(each * int(active.sum()))
 
     def copy(self, ops: list[str], active: np.ndarray) -> None:
         """A box into shared memory; of tiles in rows of 128 bytes, whose eight parts of 16 are swizzled by the row."""
@@ -236,8 +262,18 @@ class Warpgroup:
         shown = self.block.maps[(tensor - MAPS) // 128]
         box = shown.copy(at[::-1])
         where = to + np.arange(box.size)
-        self.block.shared[swizzled(where) if isinstance(shown, Tiled) else where] = box.ravel()
-        self.block.barriers[barrier].move(expected=-box.size)
+        self.block.copy(swizzled(where) if isinstance(shown, Tiled) else where, box.ravel(), barrier)
+
+    def store(self, ops: list[str], active: np.ndarray) -> None:
+        """A box from shared memory, the other way round."""
+        if not active.any():
+            return
+        (thread,) = np.flatnonzero(active)
+        tensor, *at, source = (int(self.get(op, np.uint64)[thread]) for op in ops)
+        shown = self.block.maps[(tensor - MAPS) // 128]
+        assert isinstance(shown, Tiled)
+        where = source + np.arange(1024 * shown.box[0] * shown.box[1])
+        shown.store(at[::-1], self.block.shared[swizzled(where)])
 
     def move(self, parts: list[str], ops: list[str], active: np.ndarray) -> None:
         if parts[1].startswith("param"):
@@ -253,37 +289,3 @@ class Warpgroup:
             return
         words = memory[at].view(TYPES[f"b{bits}"])
         self.values |= {n: words[:, i].copy() for i, n in enumerate(names)}
-
-    def multiply(self, name: str, ops: list[str]) -> None:
-        """D [64, n] += A [64, 32 bytes] of registers times B [32 bytes, n] of shared memory, K contiguous there."""
-        found = re.search(r"\.m64n(\d+)k(?:16\.(f32)\.bf16\.bf16|32\.(s32)\.s8\.s8)", name)
-        sums, a, descriptor, _, *signs = ops
-        assert found and signs in (["1", "1", "0"], []), "neither negated nor transposed"
-        n, kind, names = int(found[1]), found[2] or found[3], re.findall(r"%r\d+", sums)
-        left = np.zeros((64, 32), np.uint8)
-        for i, register in enumerate(re.findall(r"%r\d+", a)):
-            row, k = 16 * WARP + Q + 8 * (i % 2), 4 * T + 16 * (i // 2)
-            left[row[:, None], k[:, None] + np.arange(4)] = self.get(register, np.uint32)[:, None].view(np.uint8)
-        given = int(self.get(descriptor, np.uint64)[0])
-        assert given >> 62 == 1, "a swizzle of 128 bytes"
-        start, stride = (given & 0x3FFF) << 4, (given >> 32 & 0x3FFF) << 4
-        columns = np.arange(n)[:, None]
-        at = swizzled(start + columns // 8 * stride + columns % 8 * 128 + np.arange(32))
-        held = ml_dtypes.bfloat16 if kind == "f32" else np.int8
-        total = left.view(held).astype(float) @ self.block.shared[at].view(held).astype(float).T
-        for i, register in enumerate(names):
-            row, column = 16 * WARP + Q + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * T + i % 2
-            if kind == "f32":
-                self.values[register] = rounded(self.floats(register, "f32") + total[row, column], "f32")
-            else:
-                self.values[register] = self.get(register, np.int32) + total[row, column].astype(np.int32)
-
-
-def bfloat16(words: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(words).view(ml_dtypes.bfloat16).reshape(*words.shape, 2)
-
-
-def rounded(numbers: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "f32":
-        return numbers.astype(np.float32).view(np.uint32)
-    return np.ascontiguousarray(numbers.astype(np.float32).astype(ml_dtypes.bfloat16)).view(np.uint32).reshape(LANES)

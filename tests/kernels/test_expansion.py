@@ -31,8 +31,8 @@ def found_in(fmt: Int | Float, words: np.ndarray, half: int, byte: int, place: i
     total = np.zeros(len(words))
     given = jax.lax.bitcast_convert_type(jnp.asarray(words), jnp.int32)
     for e in expansions(fmt) if fmt.bits == 8 else expansions(fmt)[place : place + 1]:
-        bits = np.asarray(e.bits(given, byte)).view(np.uint32) >> (16 * half) & 0xFFFF
-        numbers = ((bits << 16).view(np.float32).astype(float) - e.less) * e.factor
+        bits = np.asarray(e.bits(e.flipped(given), byte)).view(np.uint32) >> (16 * half) & 0xFFFF
+        numbers = (bits << 16).view(np.float32).astype(float) * e.factor - e.less
         assert np.array_equal(numbers, numbers.astype(jnp.bfloat16).astype(float)), "bfloat16 holds it"
         total += numbers / e.unit
     return total

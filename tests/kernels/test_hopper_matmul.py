@@ -13,7 +13,6 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 import jaxq
 from jaxq.formats import Float, Int
 from jaxq.kernels.layout import pack_codes
-from jaxq.kernels.plain import weight_integers
 from tests.kernels import ptx
 from tests.kernels.ahead import rows_of
 
@@ -26,6 +25,7 @@ FORMATS = {
     "e1m2": Float(1, 2),
     "e3m0": Float(3, 0),
 }
+KERNELS: dict = FORMATS | {"int8": Int(8), "e4m3": Float(4, 3, reserved=1)}
 MISSING = [
     name for name in ("jax_cuda13_plugin", "nvidia.cu13") if not (find_spec(name.split(".")[0]) and find_spec(name))
 ]
@@ -34,38 +34,34 @@ compiles = pytest.mark.skipif(bool(MISSING), reason=f"no GPU compiler ({MISSING}
 
 def check(row: dict) -> None:
     assert row["spilled"] == 0 and not row["serialized"], row
-    float8 = row["kernel"].startswith("e4m3")
-    assert row["wgmma"] == row["hgmma"] == (8 if float8 else 16), (
-        "4 of 16 channels for each of 64 columns and half byte"
-    )
-    assert row["alu"] < 5, row
-    (tile, splits), rows = row["tile"], row["rows"]
-    padded = -(-rows // tile) * tile
-    sums = 4 * padded * row["N"] * (splits if splits > 1 else padded > rows)
-    most = sums + 2 * padded * row["K"]
-    assert row["temporary"] <= most + 4 * row["N"] * row["K"] // 128, "no weight"
+    bits = 8 if row["kernel"].startswith(("int8", "e4m3")) else 4
+    assert row["wgmma"] == row["hgmma"] == 128 // bits, "4 of 16 channels, of 64 columns, half of 128 bytes, a code"
+    assert row["alu"] < 4, row
+    tile, rows = row["tile"][0], row["rows"]
+    padded = 2 * (-(-rows // tile) * tile) * (row["N"] + row["K"])
+    assert row["temporary"] <= (padded if rows > 8 else 0), "no weight"
 
 
-def drawn(m: int, k: int, n: int, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """x, codes, packed codes and scales, all so small that sums are exact in float32."""
+def drawn(fmt: Int | Float, m: int, k: int, n: int, groups: int) -> tuple:
+    """x, codes, packed codes, scales and zero points, all so small that sums are exact in float32."""
     draw = np.random.default_rng(0)
-    codes = draw.integers(0, 16, (k, n)).astype(np.uint8)
-    packed = np.asarray(pack_codes(jnp.asarray(codes), 4)[0])
+    codes = draw.integers(0, 2**fmt.bits, (k, n)).astype(np.uint8)
+    packed = np.asarray(pack_codes(jnp.asarray(codes), fmt.bits)[0])
     scale = (2.0 ** draw.integers(-2, 3, (groups, n))).astype(np.float32)
-    return draw.integers(-8, 9, (m, k)).astype(ml_dtypes.bfloat16), codes, packed, scale
+    zero = None if fmt.symmetric else draw.integers(0, 2**fmt.bits, (groups, n)).astype(np.float32)
+    return draw.integers(-8, 9, (m, k)).astype(ml_dtypes.bfloat16), codes, packed, scale, zero
 
 
-def exact(fmt: Int | Float, x: np.ndarray, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def exact(fmt: Int | Float, x: np.ndarray, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None) -> np.ndarray:
     """float64, the codes' values in numpy."""
-    code = codes.astype(int)
+    code, groups, middle = codes.astype(int), scale.shape[0], 2 ** (fmt.bits - 1)
     if isinstance(fmt, Int):
-        values = (code ^ (8 if fmt.symmetric else 0)) - 8
+        values = code - np.repeat(zero, len(code) // groups, 0) if zero is not None else (code ^ middle) - middle
     else:
         m = fmt.mantissa_bits
-        exponent, mantissa = code % 8 >> m, code % 2**m / 2**m
+        exponent, mantissa = code % middle >> m, code % 2**m / 2**m
         magnitude = np.where(exponent == 0, 2.0 * mantissa, (1 + mantissa) * 2.0**exponent) / 2.0**fmt.bias
-        values = np.where(code < 8, magnitude, -magnitude)
-    groups = scale.shape[0]
+        values = np.where(code < middle, magnitude, -magnitude)
     a, b = x.astype(float).reshape(len(x), groups, -1), values.reshape(groups, -1, scale.shape[1])
     return np.einsum("mgk,gkn,gn->mn", a, b, scale)
 
@@ -73,24 +69,23 @@ def exact(fmt: Int | Float, x: np.ndarray, codes: np.ndarray, scale: np.ndarray)
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_the_plain_meaning_is_what_numpy_finds(fmt, groups):
-    x, codes, packed, scale = drawn(3, 512, 40, groups)
-    found = hopper.plain_hopper_matmul(jnp.asarray(x), jnp.asarray(packed), jnp.asarray(scale), fmt)
-    assert np.array_equal(found, exact(fmt, x, codes, scale))
+    x, codes, packed, scale, zero = drawn(fmt, 3, 512, 40, groups)
+    found = hopper.plain_hopper_matmul(x, packed, jnp.asarray(scale), fmt, zero=zero)
+    assert np.array_equal(found, exact(fmt, x, codes, scale, zero))
 
 
-def test_tiles_fill_the_machine_and_their_sums_are_small():
+def test_tiles_fill_the_machine():
     for m, depth, n, groups in [(1, 2048, 4096, 1), (17, 5504, 4096, 1), (100, 4096, 1152, 32), (4096, 768, 128, 1)]:
         rows, splits = hopper.tiles(m, depth, n, groups)
         blocks = -(-m // rows) * n // 128
-        assert rows % 8 == 0 and 1 <= splits <= depth // 64
-        assert splits == 1 or blocks * (splits - 1) < hopper.BLOCKS
-        assert splits == 1 or 8 * splits * rows <= depth, "bytes of sums, written and read, to bytes of weights"
+        assert rows % 8 == 0 and splits in (1, 2, 4, 8) and splits <= max(depth // 128, 1)
+        assert splits == 1 or blocks * splits < 4 * hopper.MULTIPROCESSORS
 
 
 def test_misfits_name_what_was_found():
-    x, _, packed, scale = (jnp.asarray(a) for a in drawn(3, 384, 128, 1))
+    x, _, packed, scale, _ = drawn(Int(4), 3, 384, 128, 1)
     with pytest.raises(ValueError, match=r"x \(3, 384\).*K in blocks of 256"):
-        hopper.hopper_matmul(x, packed, scale, Int(4))
+        hopper.hopper_matmul(jnp.asarray(x), jnp.asarray(packed), jnp.asarray(scale), Int(4))
 
 
 # Compiled -------------------------------------------------------------------------------------------------------------
@@ -101,11 +96,14 @@ def test_misfits_name_what_was_found():
     ("name", "m", "k", "n"),
     [
         ("e2m1", 5, 512, 256),
-        ("int4", 20, 2048, 128),  # one warpgroup, eight parts
+        ("int4", 16, 2048, 128),  # a cluster of four
+        ("uint4_g128", 3, 1024, 256),
         pytest.param("uint4", 150, 1024, 256, marks=pytest.mark.slow),  # two blocks of rows
         pytest.param("e1m2_g128", 33, 1024, 256, marks=pytest.mark.slow),
-        pytest.param("e3m0_g128", 3, 2304, 256, marks=pytest.mark.slow),
+        pytest.param("e3m0_g128", 3, 2304, 256, marks=pytest.mark.slow),  # nine steps by four blocks
         pytest.param("int4_g128", 3, 4096, 256, marks=pytest.mark.slow),
+        pytest.param("int8", 9, 1024, 256, marks=pytest.mark.slow),
+        pytest.param("e4m3_g128", 20, 1024, 128, marks=pytest.mark.slow),
         pytest.param("e2m1", 9, 2048, 17024, marks=pytest.mark.slow),  # the pipeline's slots are used twice
     ],
 )
@@ -114,18 +112,20 @@ def test_the_compiled_kernel_run_in_numpy_is_exact(name, m, k, n, tmp_path):
         "gpu_compiled.py", "--kernels", name, "--rows", str(m), "--shapes", f"{k}x{n}", "--keep", str(tmp_path)
     )
     check(row)
-    fmt, groups = FORMATS[name.removesuffix("_g128")], k // 128 if name.endswith("g128") else 1
+    fmt, groups = KERNELS[name.removesuffix("_g128")], k // 128 if name.endswith("g128") else 1
     rows, splits = row["tile"]
-    x, codes, packed, scale = drawn(-(-m // rows) * rows, k, n, groups)
-    unit = 1.0 if isinstance(fmt, Int) else 2.0 ** (fmt.bias - 1)  # which the kernel's caller takes off the scales
-    out = np.full((splits, len(x), n), np.nan, np.float32)
-    factors = (scale / unit).astype(np.float32)
-    maps: list = [ptx.Tiled(packed, (8, 1)), ptx.Tiled(x, (rows // 8, 1))]
-    maps, buffers = (maps, [factors, out]) if groups == 1 else ([*maps, ptx.Rows(factors, 128)], [out])
-    grid = splits, n // 128, len(x) // rows
+    x, codes, packed, scale, zero = drawn(fmt, m, k, n, groups)
+    padded = m if m <= 8 else -(-m // rows) * rows
+    out = np.full((padded, n), np.nan, ml_dtypes.bfloat16)
+    given = np.concatenate([x, np.zeros((padded - m, k), x.dtype)])
+    numbers = [scale] if zero is None else [scale, zero]
+    maps: list = [ptx.Tiled(packed, (16, 1)), ptx.Tiled(given, (rows // 8, 16 // fmt.bits))]
+    maps += [ptx.Rows(a, 128) for a in numbers if groups > 1] + [ptx.Tiled(out, (rows // 8, 2))]
     (text,) = (file.read_text() for file in tmp_path.glob("*.ptx"))
-    ptx.run(text, grid, 1, maps, buffers)
-    assert np.array_equal(out.sum(0), exact(fmt, x, codes, scale))
+    height, width = padded // min(rows, padded), n // 128
+    grid = (splits * width, height, 1) if "%ctaid.y" in text else (splits * height * width, 1, 1)
+    ptx.run(text, grid, 1, maps, numbers if groups == 1 else [], splits)
+    assert np.array_equal(out[:m], exact(fmt, x, codes, scale, zero).astype(ml_dtypes.bfloat16))
 
 
 @compiles
@@ -214,7 +214,8 @@ def test_what_the_kernel_is_given_means_the_product(weights, activations, group,
     assert gpu.has_kernel(x, leaf.split, 256, groups, sums)
     if not gpu.target():
         monkeypatch.setattr(hopper, "hopper_matmul", hopper.plain_hopper_matmul)
-    found = gpu.packed_product(x, leaf.planes[0], weight_integers(leaf), leaf.split, sums)
+    grid = leaf.grid
+    found = gpu.packed_product(x, leaf.planes[0], grid.factor, grid.zero, leaf.split, sums, dtype=jnp.float32)
     a = np.asarray(x.centered, np.float64) * (1 if x.scale is None else np.asarray(x.scale))
     wanted = a @ np.asarray(replace(leaf, dtype=jnp.float32).dequantize(), float)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
