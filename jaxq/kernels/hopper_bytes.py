@@ -136,7 +136,9 @@ def looked_up(packed: jax.Array, values: Sequence[tuple[int, int]]) -> Iterator[
                 codes = utils.prmt(*two, pairs[a])
                 codes = arith.shrui(codes, _number(16)) if b else codes
                 unsigned = arith.andi(codes, _number(0x7777))
-                found[a, g, b] = as_vector(arith.xori(found_in(tables[0], codes), found_in(tables[1], unsigned)), byte, 4)
+                found[a, g, b] = as_vector(
+                    arith.xori(found_in(tables[0], codes), found_in(tables[1], unsigned)), byte, 4
+                )
         return found
 
     for high in (False, True):

@@ -7,8 +7,8 @@ zero points of both sides are `left` and `right`.
 
 The weight is the left operand of the tensor cores, transposed and expanded in registers, as in `hopper_matmul`; see
 `hopper_weights`. What differs is who does it. A block has three warpgroups: one copies, two multiply 128 columns each
-with the same rows of x, so that one expands while the other's products run. Blocks stay: each takes the next tile of the result while its first steps are already under
-way, in an order that keeps what neighbours read in the cache.
+with the same rows of x, so that one expands while the other's products run. Blocks stay: each takes the next tile of
+the result while its first steps are already under way, in an order that keeps what neighbours read in the cache.
 
 Rows are cut so that the multiprocessors share the work evenly, `tiles`; K is cut where there are few tiles.
 """
@@ -68,6 +68,7 @@ def hopper_many(
     scale: jax.Array,
     fmt: Int | Float,
     *,
+    zero: jax.Array | None = None,
     row: jax.Array | None = None,
     left: jax.Array | None = None,
     right: jax.Array | None = None,
@@ -80,8 +81,10 @@ def hopper_many(
         w: packed codes, uint8 [K/2, N] of 4 bits, as in `jaxq.kernels.layout`, or [K, N] of 8.
         scale: [N] float32.
         fmt: of the codes, one that `jaxq.kernels.hopper_weights` has for x.
-        row: [M] float32.
-        left, right: [I, M] and [I, N] float32.
+        zero: of an asymmetric integer, for x in bfloat16: [N] float32, whole numbers up to 256, the codes that stand
+            for 0. None is 8 or 128.
+        row: [M] float32; None is 1.
+        left, right: [I, M] and [I, N] float32, or None.
         dtype: of the result.
 
     Returns:
@@ -93,50 +96,50 @@ def hopper_many(
     (m, k), n = x.shape, w.shape[1]
     made = weights(fmt, x.dtype)
     if 8 * w.shape[0] != k * fmt.bits or scale.shape != (n,) or not fits(k, 1) or n % COLUMNS:
-        raise ValueError(f"x {x.shape}, packed weights {w.shape} of {fmt}, scales {scale.shape}: see hopper_matmul")
-    rows, splits = tiles(m, w.shape[0] // made.depth, n)
+        raise ValueError(
+            f"x {x.shape}, packed weights {w.shape} of {fmt}, scales {scale.shape}: the kernel takes x [M, K], weights "
+            "[K * bits / 8, N] and scales [N], K in blocks of 256 and N in multiples of 128"
+        )
+    rows, splits = tiles(m, w.shape[0] // made.depth, n, x.dtype)
     shape = Shape(m, n, rows, splits, -(-w.shape[0] // made.depth // splits))
 
-    def of_rows(vectors: jax.Array) -> jax.Array:
-        return jnp.pad(vectors, ((0, 0), (0, shape.down * rows - m)))
+    def of_rows(vectors: jax.Array | None) -> jax.Array | None:
+        return None if vectors is None else jnp.pad(vectors, ((0, 0), (0, shape.down * rows - m)))
 
-    unit = jnp.float32(made.unit)
-    vectors, factors = [jnp.ones((1, m)) if row is None else row[None]], [scale[None] / unit]
-    if left is not None and right is not None:
-        vectors, factors = [*vectors, left * unit], [*factors, right]
-    tiled = jnp.pad(x, ((0, -m % 8), (0, 0)))  # whole tiles of shared memory
-    operands = [tiled, w, of_rows(jnp.concatenate(vectors)), jnp.concatenate(factors)]
-    if made.bias:
-        operands.append(of_rows(-made.bias * x.sum(1, dtype=jnp.int32)[None]))
+    bias = -made.bias * x.sum(1, dtype=jnp.int32)[None] if made.bias else None
+    of = {"scale": scale[None], "zero": None if zero is None else zero[None], "right": right}
+    of |= {"row": of_rows(None if row is None else row[None]), "left": of_rows(left), "bias": of_rows(bias)}
+    of = {name: vectors for name, vectors in of.items() if vectors is not None}
     y = plgpu.kernel(
-        partial(_kernel, made=made, codes=8 // fmt.bits, shape=shape),
+        partial(_kernel, names=tuple(of), made=made, codes=8 // fmt.bits, shape=shape),
         out_type=jax.ShapeDtypeStruct((splits, m, n), dtype if splits == 1 else jnp.float32),
         grid=(min(shape.down * shape.across * splits, PROCESSORS),),
         grid_names=("block",),
         num_threads=MULTIPLYING + 1,
         thread_name="warpgroup",
         kernel_name="jaxq_hopper_many",
-    )(*operands)
+    )(jnp.pad(x, ((0, -m % 8), (0, 0))), w, *of.values())  # whole tiles of shared memory
     return y[0] if splits == 1 else y.sum(0).astype(dtype)
 
 
-def tiles(m: int, steps: int, n: int) -> tuple[int, int]:
+def tiles(m: int, steps: int, n: int, dtype: Any) -> tuple[int, int]:
     """How many rows of x a block multiplies at a time, and into how many parts K of so many steps is cut: what should
     take the fewest cycles, estimated."""
 
     def cycles(choice: tuple[int, int]) -> float:
         rows, splits = choice
         rounds = -(-(-(-m // rows) * -(-n // WIDTH) * splits) // PROCESSORS)
-        work = rounds * (-(-steps // splits) * max(16 * rows, 700) + 4000)
+        work = rounds * (-(-steps // splits) * max(16 * rows, 8 * rows + 500) + 4000)
         return work + (m * n * splits / 400 + 3000 if splits > 1 else 0)
 
-    rows, splits = min(product(range(8, MOST_ROWS + 1, 8), range(1, min(8, steps // 2) + 1)), key=cycles)
+    each = 16 if dtype == jnp.int8 else 8  # the tensor cores take int8 with so many rows, or 8, or 24
+    rows, splits = min(product(range(each, MOST_ROWS + 1, each), range(1, min(8, steps // 2) + 1)), key=cycles)
     return rows, -(-steps // -(-steps // splits))
 
 
-def _kernel(x: Any, w: Any, *rest: Any, made: Weights, codes: int, shape: Shape) -> None:
-    *finishing, out = rest
-    operands, own = [w, *[x] * codes], lax.axis_index("warpgroup") * COLUMNS
+def _kernel(x: Any, w: Any, *rest: Any, names: tuple[str, ...], made: Weights, codes: int, shape: Shape) -> None:
+    *vectors, out = rest
+    of, operands, own = dict(zip(names, vectors)), [w, *[x] * codes], lax.axis_index("warpgroup") * COLUMNS
     rows, down, across = shape.rows, shape.down, shape.across
 
     def blocks(**allocations: Any) -> None:
@@ -149,12 +152,17 @@ def _kernel(x: Any, w: Any, *rest: Any, made: Weights, codes: int, shape: Shape)
 
             def multiply(pipeline: Any) -> None:
                 def scoped(sums: Any) -> None:
-                    pipeline(sums)
+                    zeros = None
+                    if "zero" in of:
+                        here = of["zero"].at[0, pl.ds(jnp.minimum(column, shape.n - COLUMNS), COLUMNS)]
+                        zeros = plgpu.load(here, *NO_INDEX, layout=registers.BYTES.reduce(0), optimized=False)
+                        zeros = registers.columns(zeros) * jnp.float32(made.unit)
+                    pipeline((sums, zeros))
 
                     @pl.when(column < shape.n)
                     def _() -> None:
                         found = registers.result(sums[...])
-                        y = _finished(found, finishing, split, pl.ds(i * rows, rows), pl.ds(column, COLUMNS))
+                        y = _finished(found, of, made, split, pl.ds(i * rows, rows), pl.ds(column, COLUMNS))
                         to = out.at[split, pl.ds(i * rows, rows), pl.ds(column, COLUMNS)]
                         registers.store_rows(to, y.astype(out.dtype), shape.m - i * rows)
 
@@ -173,12 +181,13 @@ def _pipeline(
     (split, i, j), depth, steps = tile, made.depth, shape.steps
 
     def body(_: Any, part: Any, *rest: Any) -> Any:
-        *x_parts, sums = rest
-        for fragments, x_part in zip(made.fragments(part, own, None), x_parts):
+        *x_parts, (sums, zeros) = rest
+        right = [x_part.at[:, at : at + made.wide] for x_part in x_parts for at in range(0, depth, made.wide)]
+        for fragments, x_part in zip(made.fragments(part, own, zeros), right):
             plgpu.wgmma(sums, fragments, x_part.transpose((1, 0)))
         # All of them: over the end of a loop's body the compiler does not keep the registers of one that is under way.
         plgpu.wgmma_wait(0)
-        return sums
+        return sums, zeros
 
     def of_x(code: int, step: Any) -> tuple[Any, Any]:
         """Where the channels of a step are that have their code in this place of a byte."""
@@ -205,21 +214,23 @@ def _spec(block: tuple[int, int], index: Any, dtype: Any) -> plgpu.BlockSpec:
     return plgpu.BlockSpec(block, index, transforms=transforms)
 
 
-def _finished(sums: jax.Array, finishing: list, split: Any, rows: Any, columns: Any) -> jax.Array:
+def _finished(sums: jax.Array, of: dict[str, Any], made: Weights, split: Any, rows: Any, columns: Any) -> jax.Array:
     """What the result is for a tile's sums [rows, 128]; what is added to them is added to the first part of K."""
-    of_rows, of_columns, *biases = finishing
 
-    def vector(of: Any, i: int, axis: int) -> jax.Array:
-        ref = of.at[i, (rows, columns)[axis]]
+    def vector(name: str, i: int, axis: int) -> jax.Array:
+        ref = of[name].at[i, (rows, columns)[axis]]
         found = plgpu.load(ref, *NO_INDEX, layout=registers.BYTES.reduce(1 - axis), optimized=False)
         return plgpu.layout_cast(lax.broadcast_in_dim(found, sums.shape, (axis,)), registers.BYTES)
 
-    for bias in biases:
-        sums = sums + vector(bias, 0, 0) * (split == 0).astype(jnp.int32)
-    y = sums.astype(jnp.float32)
-    for i in range(1, of_rows.shape[0]):
-        y = y + vector(of_rows, i, 0) * vector(of_columns, i, 1) * (split == 0).astype(jnp.float32)
-    return y * vector(of_rows, 0, 0) * vector(of_columns, 0, 1)
+    if "bias" in of:
+        sums = sums + vector("bias", 0, 0) * (split == 0).astype(jnp.int32)
+    y = sums.astype(jnp.float32) * jnp.float32(1 / made.unit)
+    if "left" in of:
+        for i in range(of["left"].shape[0]):
+            y = y + vector("left", i, 0) * vector("right", i, 1) * (split == 0).astype(jnp.float32)
+    if "row" in of:
+        y = y * vector("row", 0, 0)
+    return y * vector("scale", 0, 1)
 
 
 def plain_hopper_many(
@@ -228,13 +239,17 @@ def plain_hopper_many(
     scale: jax.Array,
     fmt: Int | Float,
     *,
+    zero: jax.Array | None = None,
     row: jax.Array | None = None,
     left: jax.Array | None = None,
     right: jax.Array | None = None,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
     """What `hopper_many` means, in plain jnp, for any M, K and N."""
-    y = jnp.dot(x.astype(jnp.float32), packed_values(fmt, w, x.shape[1]), precision="highest")
+    values = packed_values(fmt, w, x.shape[1])
+    if zero is not None:
+        values = values + (2 ** (fmt.bits - 1) - zero)
+    y = jnp.dot(x.astype(jnp.float32), values, precision="highest")
     if left is not None and right is not None:
         y = y + jnp.dot(left.T, right, precision="highest")
     return (y * (1 if row is None else row[:, None]) * scale).astype(dtype)

@@ -2,7 +2,7 @@
 
 | product  | codes                      | what is multiplied                              | bytes a step |
 |----------|----------------------------|-------------------------------------------------|--------------|
-| bfloat16 | all of `expansion`         | value * unit                                    | 64           |
+| bfloat16 | all of `expansion`         | value * unit                                    | 64, of 8 bits 128 |
 | int8     | int8                       | value                                           | 128          |
 |          | int4, uint4                | value * 16: the nibble in the byte's high half  |              |
 |          | E2M1, E1M2                 | value in units of its smallest step, plus bias  |              |
@@ -30,6 +30,7 @@ from jaxq.kernels import hopper_registers as registers
 from jaxq.kernels.carrier import int8_carrier
 from jaxq.kernels.expansion import expansions
 from jaxq.kernels.gpu import COLUMNS
+from jaxq.kernels.hopper_registers import DEPTH
 from jaxq.kernels.plain import largest_integer
 
 MAGNITUDES = {Float(2, 1): (0, 1, 2, 3, 4, 6, 8, 12), Float(1, 2): tuple(range(8))}  # of the codes 0 to 7
@@ -41,13 +42,16 @@ class Weights:
 
     Args:
         depth: rows of packed bytes of a step.
+        wide: channels that are multiplied at once, of one place in their bytes.
         fragments: of a step's packed bytes, a reference to uint8 [depth, 256] in shared memory, a column and zeros:
-            what the 128 columns from there on are, [128, depth] for each of a byte's codes, made one after the other.
-            The zeros are what is taken off codes that are expanded, times the unit: float32 [128], or None.
+            what the 128 columns from there on are, [128, wide] for each of a byte's codes or, where a byte is one code,
+            for each `wide` rows; made one after the other. The zeros are what is taken off expanded codes, times the
+            unit: float32 [128], or None.
         sums: the dtype that they are added up in.
     """
 
     depth: int
+    wide: int
     fragments: Callable[[Any, Any, jax.Array | None], Iterator[jax.Array]]
     sums: Any
     unit: float = 1.0
@@ -61,26 +65,27 @@ def weights(fmt: Int | Float, dtype: Any) -> Weights:
         ValueError: the format is not among the dtype's in the table above.
     """
     if dtype == jnp.bfloat16:
-        return Weights(registers.DEPTH, partial(_expanded, fmt), jnp.float32, expansions(fmt)[0].unit)
+        return Weights(DEPTH * fmt.bits // 4, DEPTH, partial(_expanded, fmt), jnp.float32, expansions(fmt)[0].unit)
     if isinstance(fmt, Int) and fmt.bits in (4, 8):
-        return Weights(2 * registers.DEPTH, partial(_moved, fmt), jnp.int32, 16.0 if fmt.bits == 4 else 1.0)
+        return Weights(2 * DEPTH, 2 * DEPTH, partial(_moved, fmt), jnp.int32, 16.0 if fmt.bits == 4 else 1.0)
     if fmt in MAGNITUDES:
         unit, bias = 2.0 ** (fmt.bias - 1 + fmt.mantissa_bits), largest_integer(fmt)
-        return Weights(2 * registers.DEPTH, partial(_found, fmt), jnp.int32, unit, bias)
+        return Weights(2 * DEPTH, 2 * DEPTH, partial(_found, fmt), jnp.int32, unit, bias)
     raise ValueError(f"{fmt} is not multiplied in int8: integers of 4 and 8 bits are, E2M1 and E1M2")
 
 
 def _expanded(fmt: Int | Float, part: Any, column: Any, zeros: jax.Array | None) -> Iterator[jax.Array]:
     made = expansions(fmt)
-    packed = plgpu.layout_cast(part[:, pl.ds(column, COLUMNS)], registers.BYTES)
-    words = made[0].flipped(registers.pairs(packed))
-    for e in made:
-        bits = registers.fragments(e.bits(words, 0), e.bits(words, 1))
-        if e.less:
-            taken = plgpu.layout_cast(jnp.full((COLUMNS,), e.less), registers.ROWS) if zeros is None else zeros
-            yield registers.less(bits, e.factor, taken)
-        else:
-            yield bits * jnp.bfloat16(e.factor)
+    for run in range(part.shape[0] // DEPTH):
+        packed = part[run * DEPTH : (run + 1) * DEPTH, pl.ds(column, COLUMNS)]
+        words = made[0].flipped(registers.pairs(plgpu.layout_cast(packed, registers.BYTES)))
+        for e in made:
+            bits = registers.fragments(e.bits(words, 0), e.bits(words, 1))
+            if e.less:
+                taken = plgpu.layout_cast(jnp.full((COLUMNS,), e.less), registers.ROWS) if zeros is None else zeros
+                yield registers.less(bits, e.factor, taken)
+            else:
+                yield bits * jnp.bfloat16(e.factor)
 
 
 def _moved(fmt: Int, part: Any, column: Any, _: None) -> Iterator[jax.Array]:
