@@ -1,4 +1,16 @@
-"""What a Hopper GPU does in place of `jaxq.kernels.plain.product`: see `jaxq.kernels.hopper_matmul`."""
+"""What a Hopper GPU does in place of `jaxq.kernels.plain.product`: the products that have a kernel, and which.
+
+| rows            | scales      | weights            | activations               | kernel                    |
+|-----------------|-------------|--------------------|---------------------------|---------------------------|
+| up to `FEW`     | any         | 4 and 8 bits       | bfloat16                  | `hopper_matmul`           |
+|                 |             | 4 bits             | integers, in bfloat16     |                           |
+| up to `GROUPED` | of groups   | as above           | as above                  |                           |
+| more            | per channel | 4 and 8 bits       | bfloat16                  | `hopper_many`             |
+|                 |             | `in_int8`          | integers of 8 bits        | `hopper_many`, in int8    |
+|                 |             | other 4-bit floats | integers, in bfloat16     | `hopper_many`             |
+
+Integers come in bfloat16 only where it holds them and float32 the sums, exactly.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +22,15 @@ from jax import lax
 
 from jaxq.devices import device_kind
 from jaxq.formats import Float, Format, Int
+from jaxq.formats.integer import narrow
 from jaxq.kernels.expansion import WIDEST_EXPONENT
 from jaxq.kernels.layout import fits
 from jaxq.kernels.plain import Integers, largest_integer
 
 COLUMNS = 128  # of the weight, that a warpgroup multiplies at once
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
-MOST_ROWS = {4: 128, 8: 16}  # by the bits of a weight; with more, XLA multiplies (timed on an H100 at 16 and 128)
+FEW = {4: 32, 8: 16}  # rows, by the bits of a weight (timed on an H200)
+GROUPED = {4: 64, 8: 16}  # with more, XLA multiplies
 EXACT = 2**24  # below it float32 holds all integers
 
 
@@ -27,20 +41,37 @@ def target(*operands: jax.Array) -> str | None:
 
 
 def has_kernel(x: Integers, fmt: Format | None, columns: int, groups: int, sums: jax.Array | None) -> bool:
-    """Whether `packed_product` multiplies [M, K] with `columns` columns of weights of a format in so many groups: for
-    few rows; of 4 or 8 bits with an activation in bfloat16 that is not quantized; of 4 bits with one that is, where
-    bfloat16 holds it and float32 the sums, exactly."""
+    """Whether `packed_product` multiplies [M, K] with `columns` columns of weights of a format in so many groups."""
+    return _read_as(x, fmt, columns, groups, sums) is not None
+
+
+def in_int8(fmt: Int | Float) -> bool:
+    """Whether there is a product in int8 with the codes of a format, of 4 or 8 bits."""
+    return isinstance(fmt, Int) or fmt in (Float(2, 1), Float(1, 2))
+
+
+def _few(rows: int, fmt: Int | Float, groups: int) -> bool:
+    return rows <= (FEW if groups == 1 else GROUPED)[fmt.bits]
+
+
+def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: jax.Array | None) -> Any:
+    """The dtype in which a kernel reads the activation, None where there is no kernel."""
     rows, k = x.values.shape
     if not isinstance(fmt, Int | Float) or fmt.bits not in (4, 8) or columns % COLUMNS or not fits(k, groups):
-        return False
-    if rows > MOST_ROWS[fmt.bits] or (isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT):
-        return False
+        return None
+    few = _few(rows, fmt, groups)
+    if (groups > 1 and not few) or (isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT):
+        return None
     if x.bound is None:
-        return x.values.dtype == jnp.bfloat16
+        return jnp.bfloat16 if x.values.dtype == jnp.bfloat16 else None
+    if x.center is not None and sums is None:
+        return None
     assert x.largest is not None
+    if not few and in_int8(fmt) and x.largest <= 128 and k * 2**14 < 2**31:
+        return jnp.int8
     largest = largest_integer(fmt) if fmt.symmetric else 2**fmt.bits - 1  # less a zero point that is any code
     exact = x.bound.bit_length() <= 8 and x.largest * largest * (k // groups) < EXACT
-    return fmt.bits == 4 and exact and (x.center is None or sums is not None)
+    return jnp.bfloat16 if fmt.bits == 4 and exact else None
 
 
 def packed_product(
@@ -53,9 +84,10 @@ def packed_product(
     *,
     dtype: Any,
 ) -> jax.Array:
-    """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by the kernel: y [M, N] of `dtype`.
+    """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by a kernel: y [M, N] of `dtype`.
 
-    An activation's center comes after it, in float32: (x + a) W = xW + a sum(W) in each group.
+    Centers come after the integers' product, in float32: (x + a)(W + b) = xW + a (sum(W) + K b) + b sum(x), in each
+    group.
 
     Args:
       x: as there.
@@ -64,25 +96,58 @@ def packed_product(
       fmt: of the codes.
       sums: of the weight's integers over each group, int32 [groups, N].
     """
-    from jaxq.kernels.hopper_matmul import hopper_matmul  # not above: not every jaxlib comes with Mosaic GPU
-
-    groups, n = scale.shape[0], codes.shape[1]
+    (rows, k), groups, n = x.values.shape, scale.shape[0], codes.shape[1]
+    read_as = _read_as(x, fmt, n, groups, sums)
+    values = narrow(x.values, jnp.int8) if read_as == jnp.int8 else x.values.astype(jnp.bfloat16)
+    codes = lax.bitcast_convert_type(codes, jnp.uint8)
     scale = jnp.broadcast_to(scale, (groups, n))
     zero = None if zero is None else jnp.broadcast_to(zero.astype(jnp.float32), (groups, n))
-    values = x.values.astype(jnp.bfloat16)
-    whole = x.scale is None and x.center is None
-    y = hopper_matmul(
-        values,
-        lax.bitcast_convert_type(codes, jnp.uint8),
-        scale,
-        fmt,
-        zero=zero,
-        dtype=dtype if whole else jnp.float32,
-    )
+    center = None if zero is None else 2 ** (fmt.bits - 1) - zero
+    total = None
     if x.center is not None:
         assert sums is not None
-        total = sums.astype(jnp.float32)
-        if zero is not None:
-            total = total + values.shape[1] // groups * (2 ** (fmt.bits - 1) - zero)
+        total = sums.astype(jnp.float32) if center is None else sums + k // groups * center
+    product = _of_few if _few(rows, fmt, groups) else _of_many
+    return product(x, values, codes, scale, zero, fmt, total, dtype)
+
+
+def _of_few(
+    x: Integers, values: jax.Array, codes: jax.Array, scale: jax.Array, zero: Any, fmt: Any, total: Any, dtype: Any
+) -> jax.Array:
+    """By `hopper_matmul`; `total` are the sums of the weight, less its zero points, [groups, N]."""
+    from jaxq.kernels.hopper_matmul import hopper_matmul  # not above: not every jaxlib comes with Mosaic GPU
+
+    whole = x.scale is None and x.center is None
+    y = hopper_matmul(values, codes, scale, fmt, zero=zero, dtype=dtype if whole else jnp.float32)
+    if total is not None:
         y = y + x.center * (total * scale).sum(0, keepdims=True)
     return (y if x.scale is None else y * x.scale).astype(dtype)
+
+
+def _of_many(
+    x: Integers, values: jax.Array, codes: jax.Array, scale: jax.Array, zero: Any, fmt: Any, total: Any, dtype: Any
+) -> jax.Array:
+    """By `hopper_many`, which writes the result as it is."""
+    from jaxq.kernels.hopper_many import hopper_many
+
+    rows, row, scale = values.shape[0], x.scale, scale[0]
+    if row is not None and row.shape[0] == 1:
+        row, scale = None, scale * row[0]
+    left, right = [], []
+    if total is not None:
+        left, right = [jnp.broadcast_to(x.center, (rows, 1))[:, 0]], [total[0]]
+    if zero is not None and values.dtype == jnp.int8:
+        left.append(values.sum(1, dtype=jnp.int32).astype(jnp.float32))
+        right.append(2 ** (fmt.bits - 1) - zero[0])
+        zero = None
+    return hopper_many(
+        values,
+        codes,
+        scale,
+        fmt,
+        zero=None if zero is None else zero[0],
+        row=None if row is None else row[:, 0],
+        left=jnp.stack(left) if left else None,
+        right=jnp.stack(right) if right else None,
+        dtype=dtype,
+    )

@@ -88,13 +88,13 @@ def _expanded(fmt: Int | Float, part: Any, column: Any, zeros: jax.Array | None)
                 yield bits * jnp.bfloat16(e.factor)
 
 
-def _moved(fmt: Int, part: Any, column: Any, _: None) -> Iterator[jax.Array]:
+def _moved(fmt: Int, part: Any, column: Any, _: Any) -> Iterator[jax.Array]:
     words = in_int8.quads(in_int8.deep_bytes(part.at[:, pl.ds(column, COLUMNS)]))
     for half in (words,) if fmt.bits == 8 else int8_carrier(fmt).halves(words):
         yield in_int8.integers(half)
 
 
-def _found(fmt: Float, part: Any, column: Any, _: None) -> Iterator[jax.Array]:
+def _found(fmt: Float, part: Any, column: Any, _: Any) -> Iterator[jax.Array]:
     packed = in_int8.deep_bytes(part.at[:, pl.ds(column, COLUMNS)])
     bias = largest_integer(fmt)
     yield from in_int8.looked_up(packed, [(bias + v, bias - v) for v in MAGNITUDES[fmt]])
