@@ -121,7 +121,7 @@ class Warpgroup:
         self.program, self.labels, self.block = program, labels, block
         self.values: dict[str, np.ndarray] = {"%tid.x": (THREAD + index * LANES).astype(np.uint32)}
         self.values |= {f"%ctaid.{axis}": np.full(LANES, i, np.uint32) for axis, i in zip("xyz", at)}
-        self.values["%cluster_ctaid.x"] = np.full(LANES, rank, np.uint32)
+        self.values |= {f"%cluster_ctaid.{axis}": np.full(LANES, i, np.uint32) for axis, i in zip("xyz", (rank, 0, 0))}
 
     def run(self) -> Iterator[str]:
         """Until the end; what it waits for on the way."""
