@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -38,6 +40,11 @@ def has_kernel(x: Integers, fmt: Format | None, columns: int, groups: int, sums:
     assert x.largest is not None
     exact = x.bound.bit_length() <= 8 and x.largest * largest_integer(fmt) * (k // groups) < EXACT
     return fmt.bits == 4 and exact and (x.center is None or sums is not None)
+
+
+def quantizes(dtype: Any, channels: int) -> bool:
+    """Whether `jaxq.kernels.hopper_quantize` takes activations like these."""
+    return dtype == jnp.bfloat16 and 512 <= channels <= 32768 and channels % 8 == 0
 
 
 def packed_product(x: Integers, codes: jax.Array, w: Integers, fmt: Int | Float, sums: jax.Array | None) -> jax.Array:

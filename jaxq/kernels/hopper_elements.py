@@ -1,7 +1,12 @@
-"""Inline."""
+"""What `jaxq.kernels.hopper_quantize` computes in registers, instruction by instruction.
+
+Pallas has neither fused multiply-adds nor exact divisions, both of which Mosaic GPU would approximate, and does not say
+which instructions it packs bytes with; a lane holds a few successive channels of each chunk, two to a word.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,206 +21,198 @@ from jaxlib.mlir.dialects import arith, llvm, math, memref, vector
 from jaxq.formats import Int
 from jaxq.formats.integer import WHOLE
 
+SCALAR = plgpu.Layout.WG_SPLAT(())
+WARPS = 4  # of a warpgroup
+UPPER_HALF = -(1 << 16)
 
-def _asm(ptx: str, kind: Any, *args: Any, constraint: str = "r", effects: bool = False) -> Any:
-    text = ",".join([f"={constraint}"] + [constraint] * len(args))
-    return llvm.inline_asm(kind, list(args), ptx, text, has_side_effects=effects, asm_dialect=0, operand_attrs=[])
+
+def divide(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a / b` of float32 scalars, as IEEE has it."""
+
+    def run(_: Any, a: Any, b: Any) -> Any:
+        return _scalar(_ptx("div.rn.f32", ir.F32Type.get(), a.registers.item(), b.registers.item()))
+
+    return _inline(run, (SCALAR, SCALAR), plgpu.ShapeDtypeStruct((), jnp.float32, layout=SCALAR))(a, b)
 
 
-def _words(register: Any) -> list:
-    word = ir.IntegerType.get_signless(32)
-    n = ir.VectorType(register.type).shape[0] * utils.bitwidth(ir.VectorType(register.type).element_type) // 32
-    v = utils.bitcast(register, ir.VectorType.get((n,), word))
-    return [_element(v, i) for i in range(n)]
+def reciprocal(b: jax.Array, layout: Any) -> jax.Array:
+    """`1 / b`, float32 of one dimension, as IEEE has it."""
+
+    def each(b: Any) -> Any:
+        found = [_ptx("rcp.rn.f32", ir.F32Type.get(), _element(b, i)) for i in range(ir.VectorType(b.type).shape[0])]
+        return vector.from_elements(b.type, found)
+
+    def run(_: Any, b: Any) -> Any:
+        return _array([each(r) for r in b.registers.flat], b.layout)
+
+    return _inline(run, (layout,), plgpu.ShapeDtypeStruct(b.shape, jnp.float32, layout=layout))(b)
+
+
+def quotient(a: jax.Array, negated: jax.Array, reciprocal: jax.Array, layout: Any) -> jax.Array:
+    """`a / b`, bfloat16 of one dimension, correctly rounded, given -b and the correctly rounded 1 / b.
+
+    What the first quotient is off by is exact, and divided likewise. So all 128 x 128 pairs of significands come out
+    right (Markstein, IBM Journal of Research and Development 34, 1990); infinite ones as NaN.
+    """
+
+    def each(a: Any, negated: Any, r: Any) -> Any:
+        q = _packed("mul.rn", a, r)
+        return _packed("fma.rn", _packed("fma.rn", q, negated, a), r, q)
+
+    def run(_: Any, *arrays: Any) -> Any:
+        words = zip(*(_words(a) for a in arrays))
+        return _array([_vector([each(*w) for w in words], ir.BF16Type.get())], arrays[0].layout)
+
+    result = plgpu.ShapeDtypeStruct(a.shape, jnp.bfloat16, layout=layout)
+    return _inline(run, (layout,) * 3, result)(a, negated, reciprocal)
+
+
+def ends(rows: Sequence[Sequence[jax.Array]], scratch: Any, layout: Any) -> list[tuple[jax.Array, jax.Array]]:
+    """The smallest and the largest number of each row, float32 scalars; NaN if it has one.
+
+    Args:
+      rows: of chunks, bfloat16 of one dimension.
+      scratch: int32 [4 len(rows)] in shared memory, which no other thread may still be reading.
+    """
+    count = len(rows[0])
+
+    def run(_: Any, scratch: Any, *chunks: Any) -> list:
+        index, word = ir.IndexType.get(), ir.IntegerType.get_signless(32)
+        warp = arith.index_cast(index, arith.andi(utils.warp_idx(sync=False), _word(WARPS - 1)))
+        for r in range(len(rows)):
+            both = _ends_of_warp([w for chunk in chunks[r * count : (r + 1) * count] for w in _words(chunk)])
+            memref.store(both, scratch, [arith.addi(warp, utils.c(WARPS * r, index))])
+        utils.warpgroup_barrier()
+        found = []
+        for r in range(len(rows)):
+            parts = vector.load(ir.VectorType.get((WARPS,), word), scratch, [utils.c(WARPS * r, index)])
+            negated, high = _floats(_tree("max.NaN", [_element(parts, i) for i in range(WARPS)]))
+            found += [_scalar(arith.negf(negated)), _scalar(high)]
+        return found
+
+    result = [plgpu.ShapeDtypeStruct((), jnp.float32, layout=SCALAR)] * (2 * len(rows))
+    types = (plgpu.RefType(), *(layout,) * (len(rows) * count))
+    found = _inline(run, types, result)(scratch, *(chunk for row in rows for chunk in row))
+    return list(zip(found[::2], found[1::2]))
+
+
+def _ends_of_warp(words: Sequence[Any]) -> Any:
+    """A warp's largest number and its largest negated one, as the halves of a word."""
+    low, high = _packed("neg", _tree("min.NaN", words)), _tree("max.NaN", words)
+    both = _packed("max.NaN", *(utils.prmt(low, high, _word(halves)) for halves in (0x5410, 0x7632)))
+    for distance in (1, 2, 4, 8, 16):
+        both = _packed("max.NaN", both, utils.shfl_bfly(both, distance))
+    return both
+
+
+def codes(
+    chunks: Sequence[jax.Array], fmt: Int, scale: jax.Array, zero: jax.Array | None, spanned: bool, layout: Any
+) -> list[jax.Array]:
+    """The integers of a row's chunks, int8: codes, an asymmetric format's less `2**(bits - 1)`.
+
+    Args:
+      chunks: bfloat16 of one dimension.
+      scale, zero: float32 scalars.
+      spanned: whether the grid spans the row, so that at most an asymmetric one's upper end is to be clipped: there
+        both ends of the range may round outwards.
+    """
+    upper = divide(jnp.float32(1), scale)
+
+    def run(_: Any, grid: Any, chunks: Any) -> list:
+        scale, upper, *zero = (g.registers.item() for g in grid)
+        # The reciprocal to twice float32's precision: the quotient is then rounded but once, and a tie stays one.
+        lower = arith.mulf(math.fma(arith.negf(upper), scale, _float(1)), upper)
+        low, high, offset = _float(fmt.qmin), _float(fmt.qmax), None
+        if zero:
+            low, high = arith.subf(low, *zero), arith.subf(high, *zero)
+            offset = arith.subf(*zero, _float(2 ** (fmt.bits - 1)))
+
+        def code(a: Any) -> Any:
+            found = math.fma(a, upper, arith.mulf(a, lower))
+            found = found if spanned and not zero else arith.minimumf(found, high)
+            found = found if spanned else arith.maximumf(found, low)
+            found = arith.addf(found, _float(WHOLE))
+            found = found if offset is None else arith.addf(found, offset)  # after rounding: it may be odd
+            return utils.bitcast(found, ir.IntegerType.get_signless(32))
+
+        def four(words: Sequence[Any]) -> Any:
+            halves = [utils.prmt(*map(code, _floats(word)), _word(0x0040)) for word in words]
+            return utils.prmt(*halves, _word(0x5410))
+
+        def chunk(a: Any) -> Any:
+            words = _words(a)
+            found = [four(words[i : i + 2]) for i in range(0, len(words), 2)]
+            return _array([_vector(found, ir.IntegerType.get_signless(8))], a.layout, signed=True)
+
+        return [chunk(a) for a in chunks]
+
+    grid = (scale, upper, *(() if zero is None else (zero,)))
+    result = [plgpu.ShapeDtypeStruct(a.shape, jnp.int8, layout=layout) for a in chunks]
+    return _inline(run, ((SCALAR,) * len(grid), (layout,) * len(chunks)), result)(grid, tuple(chunks))
+
+
+# Registers ------------------------------------------------------------------------------------------------------------
+
+
+def _inline(run: Callable, types: Any, result: Any) -> Callable:
+    made: Any = plgpu.inline_mgpu(arg_types=types, return_type=result)(run)  # JAX gives it its own first argument
+    return made
+
+
+def _ptx(name: str, kind: Any, *operands: Any) -> Any:
+    letter = "f" if isinstance(kind, ir.F32Type) else "r"
+    constraints = ",".join([f"={letter}", *[letter] * len(operands)])
+    text = f"{name} {', '.join(f'${i}' for i in range(len(operands) + 1))};"
+    return llvm.inline_asm(kind, operands, text, constraints, asm_dialect=0, operand_attrs=[])
+
+
+def _packed(name: str, *operands: Any) -> Any:
+    """An operation on words of two bfloat16."""
+    return _ptx(f"{name}.bf16x2", ir.IntegerType.get_signless(32), *operands)
+
+
+def _tree(name: str, words: Sequence[Any]) -> Any:
+    """All words by an operation on two, in few steps that wait for each other."""
+    while len(words) > 1:
+        pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
+        words = [_packed(name, *pair) if len(pair) == 2 else pair[0] for pair in pairs]
+    return words[0]
+
+
+def _words(a: Any) -> list:
+    """The words of a chunk of bfloat16."""
+    (register,) = a.registers.flat
+    count = ir.VectorType(register.type).shape[0] // 2
+    words = utils.bitcast(register, ir.VectorType.get((count,), ir.IntegerType.get_signless(32)))
+    return [_element(words, i) for i in range(count)]
+
+
+def _floats(word: Any) -> tuple[Any, Any]:
+    """A word's two bfloat16 in float32."""
+    lower, upper = arith.shli(word, _word(16)), arith.andi(word, _word(UPPER_HALF))
+    return utils.bitcast(lower, ir.F32Type.get()), utils.bitcast(upper, ir.F32Type.get())
+
+
+def _vector(words: Sequence[Any], element: Any) -> Any:
+    together = vector.from_elements(ir.VectorType.get((len(words),), words[0].type), words)
+    return utils.bitcast(together, ir.VectorType.get((len(words) * 32 // utils.bitwidth(element),), element))
+
+
+def _array(registers: list, layout: Any, signed: bool | None = None) -> Any:
+    return mgpu.FragmentedArray(_registers=np.array(registers, object), _layout=layout, _is_signed=signed)
+
+
+def _scalar(value: Any) -> Any:
+    return mgpu.FragmentedArray.splat(value, ())
 
 
 def _element(v: Any, i: int) -> Any:
     return vector.extract(v, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
 
 
-def _vector(words: list, element: Any) -> Any:
-    v = vector.from_elements(ir.VectorType.get((len(words),), words[0].type), words)
-    n = len(words) * 32 // utils.bitwidth(element)
-    return utils.bitcast(v, ir.VectorType.get((n,), element))
+def _word(value: int) -> Any:
+    return utils.c(value, ir.IntegerType.get_signless(32))
 
 
-def divide(a: Any, b: Any) -> jax.Array:
-    """Scalars, IEEE."""
-    scalar = plgpu.Layout.WG_SPLAT(())
-
-    @plgpu.inline_mgpu(arg_types=(scalar, scalar), return_type=plgpu.ShapeDtypeStruct((), jnp.float32, layout=scalar))
-    def run(_: Any, a: Any, b: Any) -> Any:
-        found = _asm("div.rn.f32 $0, $1, $2;", ir.F32Type.get(), a.registers.item(), b.registers.item(), constraint="f")
-        return mgpu.FragmentedArray.splat(found, ())
-
-    call: Any = run
-    return call(jnp.float32(a), jnp.float32(b))
-
-
-def reciprocal(b: jax.Array, layout: Any) -> jax.Array:
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(b.shape, jnp.float32, layout=layout))
-    def run(_: Any, b: Any) -> Any:
-        f32 = ir.F32Type.get()
-
-        def one(v: Any) -> Any:
-            n = ir.VectorType(v.type).shape[0]
-            found = [_asm("rcp.rn.f32 $0, $1;", f32, _element(v, i), constraint="f") for i in range(n)]
-            return vector.from_elements(v.type, found)
-
-        registers = np.vectorize(one, otypes=[object])(b.registers)
-        return mgpu.FragmentedArray(_registers=registers, _layout=b.layout, _is_signed=None)
-
-    call: Any = run
-    return call(b)
-
-
-def quotient(a: jax.Array, b: jax.Array, reciprocal: jax.Array, layout: Any) -> jax.Array:
-    @plgpu.inline_mgpu(
-        arg_types=(layout,) * 3, return_type=plgpu.ShapeDtypeStruct(a.shape, jnp.bfloat16, layout=layout)
-    )
-    def run(_: Any, a: Any, b: Any, reciprocal: Any) -> Any:
-        word, half = ir.IntegerType.get_signless(32), ir.BF16Type.get()
-
-        def one(a: Any, b: Any, r: Any) -> Any:
-            found = []
-            for a, b, r in zip(_words(a), _words(b), _words(r)):
-                q = _asm("mul.rn.bf16x2 $0, $1, $2;", word, a, r)
-                e = _asm("fma.rn.bf16x2 $0, $1, $2, $3;", word, q, b, a)
-                found.append(_asm("fma.rn.bf16x2 $0, $1, $2, $3;", word, e, r, q))
-            return _vector(found, half)
-
-        registers = np.vectorize(one, otypes=[object])(a.registers, b.registers, reciprocal.registers)
-        return mgpu.FragmentedArray(_registers=registers, _layout=a.layout, _is_signed=None)
-
-    call: Any = run
-    return call(a, b, reciprocal)
-
-
-def ends(parts: list, scratch: Any, layout: Any, splat: Any) -> list:
-    rows, chunk = len(parts), parts[0][0].shape[0]
-    flat = [p for ps in parts for p in ps]
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), *(layout,) * len(flat)),
-        return_type=[plgpu.ShapeDtypeStruct((), jnp.float32, layout=splat)] * (2 * rows),
-    )
-    def run(_: Any, scratch: Any, *flat: Any) -> Any:
-        word, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        index = ir.IndexType.get()
-        made = []
-        for r in range(rows):
-            words = [w for p in flat[r * len(parts[0]) : (r + 1) * len(parts[0])] for w in _words(p.registers.item())]
-
-            def tree(op: str, words: list = words) -> Any:
-                words = list(words)
-                while len(words) > 1:
-                    words = [
-                        _asm(f"{op}.NaN.bf16x2 $0, $1, $2;", word, *words[i : i + 2]) if i + 1 < len(words) else words[i]
-                        for i in range(0, len(words), 2)
-                    ]
-                return words[0]
-
-            low, high = _asm("neg.bf16x2 $0, $1;", word, tree("min")), tree("max")
-            # pairs of (-low, high)
-            a, b = (utils.prmt(low, high, utils.c(p, word)) for p in (0x5410, 0x7632))
-            found = _asm("max.NaN.bf16x2 $0, $1, $2;", word, a, b)
-            for distance in (1, 2, 4, 8, 16):
-                found = _asm("max.NaN.bf16x2 $0, $1, $2;", word, found, utils.shfl_bfly(found, distance))
-            made.append(found)
-        warp = utils.warp_idx(sync=False)
-        warp = arith.index_cast(index, arith.andi(warp, utils.c(3, word)))
-        for r, found in enumerate(made):
-            at = arith.addi(warp, utils.c(4 * r, index))
-            memref.store(found, scratch, [at])
-        utils.warpgroup_barrier()
-        out = []
-        for r in range(rows):
-            v = vector.load(ir.VectorType.get((4,), word), scratch, [utils.c(4 * r, index)])
-            w = [_element(v, i) for i in range(4)]
-            a, b = (_asm("max.NaN.bf16x2 $0, $1, $2;", word, *w[i : i + 2]) for i in (0, 2))
-            found = _asm("max.NaN.bf16x2 $0, $1, $2;", word, a, b)
-            low = arith.negf(utils.bitcast(arith.shli(found, utils.c(16, word)), f32))
-            high = utils.bitcast(arith.andi(found, utils.c(-65536, word)), f32)
-            out += [mgpu.FragmentedArray.splat(v, ()) for v in (low, high)]
-        return out
-
-    call: Any = run
-    found = call(scratch, *flat)
-    return [(found[2 * r], found[2 * r + 1]) for r in range(rows)]
-
-
-def codes(parts: list, fmt: Int, scale: Any, zero: Any, whole_range: bool, layout: Any, splat: Any) -> list:
-    chunk = parts[0].shape[0]
-    reciprocal = divide(1.0, scale)
-    grid = [scale, reciprocal] + ([] if zero is None else [zero])
-
-    @plgpu.inline_mgpu(
-        arg_types=((splat,) * len(grid), (layout,) * len(parts)),
-        return_type=[plgpu.ShapeDtypeStruct((chunk,), jnp.int8, layout=layout)] * len(parts),
-    )
-    def run(_: Any, grid: Any, parts: Any) -> Any:
-        word, byte, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8), ir.F32Type.get()
-
-        def c(v: float) -> Any:
-            return utils.c(v, f32)
-
-        scale, upper, *zero = (g.registers.item() for g in grid)
-        error = math.fma(arith.negf(upper), scale, c(1.0))
-        lower = arith.mulf(error, upper)
-        least, most, center = None, None, None
-        if zero:
-            most = arith.subf(c(float(fmt.qmax)), zero[0])
-            least = arith.subf(c(float(fmt.qmin)), zero[0])
-            center = arith.subf(zero[0], c(2.0 ** (fmt.bits - 1)))
-        elif not whole_range:
-            least, most = c(float(fmt.qmin)), c(float(fmt.qmax))
-        if whole_range:
-            least = None
-
-        def one(a: Any) -> Any:
-            q = math.fma(a, upper, arith.mulf(a, lower))
-            if most is not None:
-                q = arith.minimumf(q, most)
-            if least is not None:
-                q = arith.maximumf(q, least)
-            q = arith.addf(q, c(WHOLE))
-            if center is not None:
-                q = arith.addf(q, center)
-            return utils.bitcast(q, word)
-
-        def four(words: list) -> Any:
-            found = []
-            for w in words:
-                found.append(one(utils.bitcast(arith.shli(w, utils.c(16, word)), f32)))
-                found.append(one(utils.bitcast(arith.andi(w, utils.c(-65536, word)), f32)))
-            a, b = (utils.prmt(*found[i : i + 2], utils.c(0x0040, word)) for i in (0, 2))
-            return utils.prmt(a, b, utils.c(0x5410, word))
-
-        out = []
-        for p in parts:
-            words = _words(p.registers.item())
-            register = _vector([four(words[i : i + 2]) for i in range(0, len(words), 2)], byte)
-            out.append(
-                mgpu.FragmentedArray(
-                    _registers=np.asarray([register], dtype=object), _layout=p.layout, _is_signed=True
-                )
-            )
-        return out
-
-    call: Any = run
-    return call(tuple(grid), tuple(parts))
-
-
-def store(ref: Any, value: Any, splat: Any) -> None:
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat))
-    def run(_: Any, ref: Any, value: Any) -> None:
-        word = ir.IntegerType.get_signless(32)
-        from jaxlib.mlir.dialects import scf
-
-        first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(utils.thread_idx(), utils.c(127, word)), utils.c(0, word))
-        with ir.InsertionPoint(scf.IfOp(first).then_block):
-            memref.store(value.registers.item(), ref, [])
-            scf.yield_([])
-
-    call: Any = run
-    call(ref, value)
+def _float(value: float) -> Any:
+    return utils.c(float(value), ir.F32Type.get())
