@@ -99,7 +99,7 @@ def ends(rows: Sequence[Sequence[jax.Array]], scratch: Any, layout: Any) -> list
 def _ends_of_warp(words: Sequence[Any]) -> Any:
     """A warp's largest number and its largest negated one, as the halves of a word."""
     low, high = _packed("neg", _tree("min.NaN", words)), _tree("max.NaN", words)
-    both = _packed("max.NaN", *(utils.prmt(low, high, _word(halves)) for halves in (0x5410, 0x7632)))
+    both = _packed("max.NaN", *(_bytes(halves, low, high) for halves in (0x5410, 0x7632)))
     for distance in (1, 2, 4, 8, 16):
         both = _packed("max.NaN", both, utils.shfl_bfly(both, distance))
     return both
@@ -124,8 +124,8 @@ def codes(
         lower = arith.mulf(math.fma(arith.negf(upper), scale, _float(1)), upper)
         low, high, offset = _float(fmt.qmin), _float(fmt.qmax), None
         if zero:
-            low, high = arith.subf(low, *zero), arith.subf(high, *zero)
-            offset = arith.subf(*zero, _float(2 ** (fmt.bits - 1)))
+            low, high = arith.subf(low, zero[0]), arith.subf(high, zero[0])
+            offset = arith.subf(zero[0], _float(2 ** (fmt.bits - 1)))
 
         def code(a: Any) -> Any:
             found = math.fma(a, upper, arith.mulf(a, lower))
@@ -136,8 +136,8 @@ def codes(
             return utils.bitcast(found, ir.IntegerType.get_signless(32))
 
         def four(words: Sequence[Any]) -> Any:
-            halves = [utils.prmt(*map(code, _floats(word)), _word(0x0040)) for word in words]
-            return utils.prmt(*halves, _word(0x5410))
+            first, second = (_bytes(0x0040, *map(code, _floats(word))) for word in words)
+            return _bytes(0x5410, first, second)
 
         def chunk(a: Any) -> Any:
             words = _words(a)
@@ -169,6 +169,11 @@ def _ptx(name: str, kind: Any, *operands: Any) -> Any:
 def _packed(name: str, *operands: Any) -> Any:
     """An operation on words of two bfloat16."""
     return _ptx(f"{name}.bf16x2", ir.IntegerType.get_signless(32), *operands)
+
+
+def _bytes(chosen: int, first: Any, second: Any) -> Any:
+    """A word of four bytes of two words, of which the first's are 0 to 3 and the second's 4 to 7."""
+    return utils.prmt(first, second, _word(chosen))
 
 
 def _tree(name: str, words: Sequence[Any]) -> Any:

@@ -4,11 +4,11 @@
 
 with the scale and zero point of each row from its own smallest and largest x', or given.
 
-A warpgroup takes a row at a time and holds it in its registers, in chunks of which every lane has 16 bytes; several rows
-where they are short, so that enough of x is on its way from memory. Several warpgroups share a block, and a block a
-multiprocessor: it stays for all its rows, so that the channels' vectors are read and inverted once, and lie in shared
-memory. The last chunk may cover a part of the one before, and the last rows some before them: the same numbers are then
-written twice.
+A warpgroup takes a row at a time and holds it in its registers, in chunks of which every lane has 16 bytes; several
+rows where they are short, so that enough of x is on its way from memory. Several warpgroups share a block, and a block
+has a multiprocessor: it stays for all its rows, so that the channels' vectors are read and inverted once, and lie in
+shared memory. The last chunk may cover a part of the one before, and the last rows some before them: the same numbers
+are then written twice.
 
 Without a GPU the kernel is compiled and its PTX run in numpy (`tests/kernels/test_hopper_quantize.py`).
 """
@@ -28,14 +28,14 @@ from jaxq.contraction import transform
 from jaxq.formats import Int
 from jaxq.formats.integer import SMALLEST_SCALE, WHOLE
 from jaxq.kernels import hopper_elements as elements
-from jaxq.kernels.gpu import quantizes
+from jaxq.kernels.gpu import CHANNELS
 from jaxq.kernels.hopper_matmul import NO_INDEX
 from jaxq.kernels.plain import activation_integers
 from jaxq.qtensor import Grid, PerTensor, PerToken
 
 PROCESSORS = 132
 THREADS = 128  # of a warpgroup
-CHUNKS = (1024, 512)  # channels, the first that fit
+CHUNKS = (1024, 512)  # channels, the first that x has
 NUMBERS = 8192  # of short rows, that a warpgroup reads at once
 REGISTERS = 512  # for each thread, of all warpgroups of a multiprocessor together
 WORKING = 44  # registers for what is computed, beside the row
@@ -56,11 +56,14 @@ def hopper_quantize(
       values [M, K] int8; scale and center, float32 [M, 1] or the grid's [1, 1]; center is None for symmetric formats.
 
     Raises:
-      ValueError: K does not fit the kernel, see `jaxq.kernels.gpu.quantizes`.
+      ValueError: x does not fit the kernel.
     """
     m, k = x.shape
-    if not quantizes(x.dtype, k):
-        raise ValueError(f"x {x.shape} of {x.dtype}: the kernel takes bfloat16 with 512 to 32768 channels, eight by eight")
+    if x.dtype != jnp.bfloat16 or not CHANNELS[0] <= k <= CHANNELS[1] or k % 8:
+        raise ValueError(
+            f"x {x.shape} of {x.dtype}: the kernel takes bfloat16 [M, K] with K from {CHANNELS[0]} to {CHANNELS[1]}, a "
+            "multiple of 8"
+        )
     chunk, rows, warpgroups = tiles(m, k)
     vectors = [v for v in (shift, divisor) if v is not None]
     given = [] if grid is None else [g for g in (grid.scale, grid.zero) if g is not None]
@@ -93,8 +96,8 @@ def tiles(m: int, k: int) -> tuple[int, int, int]:
     return chunk, rows, min(8, REGISTERS // (WORKING + rows * row))
 
 
-def _kernel(x: Any, *refs: Any, fmt: Int, chunk: int, rows: int, shifted: bool, divided: bool) -> None:
-    *refs, scratch, table, ready = refs
+def _kernel(x: Any, *everything: Any, fmt: Int, chunk: int, rows: int, shifted: bool, divided: bool) -> None:
+    *refs, scratch, table, ready = everything
     vectors, refs = refs[: shifted + divided], refs[shifted + divided :]
     at = next(i for i, ref in enumerate(refs) if ref.shape == x.shape)  # where the results begin
     given, out, own = refs[:at], refs[at], refs[at + 1 :]
