@@ -112,7 +112,7 @@ def _kernel(x: Any, *everything: Any, fmt: Int, chunk: int, rows: int, shifted: 
 
     def prepare(i: Any, _: None) -> None:
         """What a chunk's transform needs: the shift, the divisor, and its negative reciprocal."""
-        start = jnp.minimum((warpgroup + i * warpgroups) * chunk, k - chunk)
+        start = 8 * jnp.minimum((warpgroup + i * warpgroups) * (chunk // 8), (k - chunk) // 8)  # 8: stores are whole
         here = pl.ds(start, chunk)
         if shifted:
             table[0, here] = load(vectors[0], start).astype(jnp.bfloat16)
