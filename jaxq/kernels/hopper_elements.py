@@ -52,7 +52,7 @@ def quotient(a: jax.Array, negated: jax.Array, reciprocal: jax.Array, layout: An
     """`a / b`, bfloat16 of one dimension, correctly rounded, given -b and the correctly rounded 1 / b.
 
     What the first quotient is off by is exact, and divided likewise. So all 128 x 128 pairs of significands come out
-    right (Markstein, IBM Journal of Research and Development 34, 1990); infinite ones as NaN.
+    right (Markstein, IBM Journal of Research and Development 34, 1990), for |a| from 2**-110 on; infinite ones as NaN.
     """
 
     def each(a: Any, negated: Any, r: Any) -> Any:
