@@ -1,7 +1,8 @@
-"""What a Hopper GPU does in place of `jaxq.kernels.plain.product`: see `jaxq.kernels.hopper_matmul`."""
+"""What a Hopper GPU does in place of `jaxq.kernels.plain`: see `hopper_matmul` and `hopper_quantize` beside it."""
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import jax
@@ -13,10 +14,14 @@ from jaxq.formats import Float, Format, Int
 from jaxq.kernels.expansion import WIDEST_EXPONENT
 from jaxq.kernels.layout import fits
 from jaxq.kernels.plain import Integers, largest_integer
+from jaxq.qtensor import InputQuant, PerToken
 
 COLUMNS = 128  # of the weight, that a warpgroup multiplies at once
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
 MOST_ROWS = {4: 128, 8: 16}  # by the bits of a weight; with more, XLA multiplies (timed on an H100 at 16 and 128)
+CHANNELS = 512, 32768  # of a row, that the kernel holds in registers, and the vectors for it in shared memory
+# An estimate: with fewer, quantizing is a small part of a product, and XLA may do it where it computes x.
+LEAST_ROWS = 256
 EXACT = 2**24  # below it float32 holds all integers
 
 
@@ -41,6 +46,32 @@ def has_kernel(x: Integers, fmt: Format | None, columns: int, groups: int, sums:
     largest = largest_integer(fmt) if fmt.symmetric else 2**fmt.bits - 1  # less a zero point that is any code
     exact = x.bound.bit_length() <= 8 and x.largest * largest * (k // groups) < EXACT
     return fmt.bits == 4 and exact and (x.center is None or sums is not None)
+
+
+def quantizes(quant: InputQuant, x: jax.Array, axes: tuple[int, ...]) -> bool:
+    """Whether `quantized` reads an activation with channels along `axes`: of many tokens, to integers with one grid or
+    one for each token."""
+    grid, k = quant.grid, prod(x.shape[i] for i in axes)
+    last = axes == tuple(range(x.ndim - len(axes), x.ndim))
+    one = isinstance(quant.granularity, PerToken) if grid is None else all(a.size == 1 for a in jax.tree.leaves(grid))
+    fits = x.dtype == jnp.bfloat16 and CHANNELS[0] <= k <= CHANNELS[1] and k % 8 == 0 and x.size >= k * LEAST_ROWS
+    return isinstance(quant.format, Int) and last and one and fits and target(x) is not None
+
+
+def quantized(quant: InputQuant, x: jax.Array, axes: tuple[int, ...]) -> Integers:
+    """What `jaxq.kernels.plain.activation_integers` makes of the transformed x, with the values in int8, by the kernel.
+    The axes are x's last, in order; the others are the kernel's rows."""
+    from jaxq.kernels.hopper_quantize import hopper_quantize
+
+    assert isinstance(quant.format, Int)
+    k, ones = prod(x.shape[i] for i in axes), [1] * len(axes)
+    shift, divisor = (None if v is None else v.reshape(k) for v in (quant.shift, quant.scale))
+    grid = jax.tree.map(lambda a: a.reshape(1, 1), quant.grid)
+    values, *numbers = hopper_quantize(x.reshape(-1, k), quant.format, grid, shift, divisor)
+    lead = x.shape[: x.ndim - len(axes)] if grid is None else [1] * (x.ndim - len(axes))
+    scale, center = jax.tree.map(lambda a: a.reshape(*lead, *ones), numbers)
+    values = values.reshape(x.shape)
+    return Integers(values.astype(jnp.float32), scale, center, largest_integer(quant.format), int8=values)
 
 
 def packed_product(

@@ -33,6 +33,9 @@ BINARY: dict[str, Callable] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor"
 BINARY |= {"sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum}
 COMPARED: dict[str, Callable] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
 COMPARED |= {"gt": np.greater, "ge": np.greater_equal}
+FLOATS = ("f32", "bf16x2")
+FLOATING: dict[str, Callable] = BINARY | {"fma": lambda a, b, c: a * b + c, "neg": np.negative, "div": np.divide}
+FLOATING |= {"rcp": np.reciprocal}
 NOTHING = (
     "prefetch",
     "fence",
@@ -122,6 +125,8 @@ class Warpgroup:
         self.values: dict[str, np.ndarray] = {"%tid.x": (THREAD + index * LANES).astype(np.uint32)}
         self.values |= {f"%ctaid.{axis}": np.full(LANES, i, np.uint32) for axis, i in zip("xyz", at)}
         self.values |= {f"%cluster_ctaid.{axis}": np.full(LANES, i, np.uint32) for axis, i in zip("xyz", (rank, 0, 0))}
+        self.values |= {f"%cluster_nctaid.{axis}": np.full(LANES, 1, np.uint32) for axis in "yz"}
+        self.values["%cluster_nctaid.x"] = np.full(LANES, len(block.cluster), np.uint32)
 
     def run(self) -> Iterator[str]:
         """Until the end; what it waits for on the way."""
@@ -201,13 +206,15 @@ class Warpgroup:
         elif parts[0] in ("ld", "st"):
             self.move(parts, ops, active)
         elif parts[0] == "shfl":
-            self.values[ops[0]] = self.get(ops[1], np.uint32)[THREAD // 32 * 32]
+            lane = THREAD ^ int(ops[2]) if parts[2] == "bfly" else THREAD // 32 * 32
+            self.values[ops[0]] = self.get(ops[1], np.uint32)[lane]
         elif parts[0] == "setp":
-            self.values[ops[0]] = COMPARED[parts[1]](self.get(ops[1], kind), self.get(ops[2], kind))
+            a, b = (self.floats(op, "f32") if parts[-1] == "f32" else self.get(op, kind) for op in ops[1:])
+            self.values[ops[0]] = COMPARED[parts[1]](a, b)
         elif parts[0] in ("mov", "cvta"):
-            self.values[ops[0]] = self.get(ops[1], kind)
-        elif name == "cvt.rn.bf16x2.f32":  # the first operand is the upper half
-            self.values[ops[0]] = rounded(np.stack([self.floats(op, "f32") for op in ops[:0:-1]], 1), "bf16x2")
+            self.values[ops[0]] = self.pair(ops[1]) if ops[1].startswith("{") else self.get(ops[1], kind)
+        elif parts[0] == "cvt" and "bf16" in name:
+            self.values[ops[0]] = self.converted(name, ops)
         elif parts[0] == "cvt":
             self.values[ops[0]] = self.get(ops[1], TYPES[parts[2]]).astype(TYPES[parts[1]])
         elif parts[0] == "selp":
@@ -219,9 +226,8 @@ class Warpgroup:
         last = parts[-1]
         if last == "pred":
             return BINARY[parts[0]](self.values[ops[1]], self.values[ops[2]])
-        if last in ("f32", "bf16x2"):
-            a, b, *c = (self.floats(op, last) for op in ops[1:])
-            return rounded(a * b + c[0] if parts[0] == "fma" else BINARY[parts[0]](a, b), last)
+        if last in FLOATS:
+            return rounded(FLOATING[parts[0]](*(self.floats(op, last) for op in ops[1:])), last)
         if parts[0] == "prmt":
             a, b, chosen = (self.get(op, np.uint32) for op in ops[1:])
             both = np.stack([a, b], 1).view(np.uint8)
@@ -236,8 +242,8 @@ class Warpgroup:
             assert (by < 8 * np.dtype(kind).itemsize).all()
             return a << by if parts[0] == "shl" else a >> by
         if "hi" in parts:
-            a, b = (self.get(op, kind).astype(np.uint64) for op in ops[1:])
-            return (a * b >> np.uint64(8 * np.dtype(kind).itemsize)).astype(kind)
+            a, b = (self.get(op, kind).astype(np.int64 if kind is np.int32 else np.uint64) for op in ops[1:])
+            return (a * b >> a.dtype.type(8 * np.dtype(kind).itemsize)).astype(kind)
         if "wide" in parts:
             wide = {np.int32: np.int64, np.uint32: np.uint64}[kind]
             return self.get(ops[1], kind).astype(wide) * self.get(ops[2], kind).astype(wide)
@@ -251,6 +257,17 @@ class Warpgroup:
         if parts[0] == "not":
             return ~self.get(ops[1], kind)
         return BINARY[parts[0]](self.get(ops[1], kind), self.get(ops[2], kind))
+
+    def pair(self, op: str) -> np.ndarray:
+        """Two registers of 16 bits as one of 32."""
+        low, high = (self.get(name, np.uint16).astype(np.uint32) for name in re.findall(r"[%\w]+", op))
+        return high << np.uint32(16) | low
+
+    def converted(self, name: str, ops: list[str]) -> np.ndarray:
+        if name == "cvt.f32.bf16":
+            return self.get(ops[1], np.uint16).astype(np.uint32) << np.uint32(16)
+        found = [self.floats(op, "f32").astype(ml_dtypes.bfloat16).view(np.uint16) for op in ops[:0:-1]]
+        return found[0] if len(found) == 1 else found[1].astype(np.uint32) << np.uint32(16) | found[0]
 
     def floats(self, op: str, kind: str) -> np.ndarray:
         """float64 [128] or, of pairs of bfloat16, [128, 2]."""
@@ -363,4 +380,6 @@ def bfloat16(words: np.ndarray) -> np.ndarray:
 def rounded(numbers: np.ndarray, kind: str) -> np.ndarray:
     if kind == "f32":
         return numbers.astype(np.float32).view(np.uint32)
-    return np.ascontiguousarray(numbers.astype(np.float32).astype(ml_dtypes.bfloat16)).view(np.uint32).reshape(LANES)
+    significand, exponent = np.frexp(numbers)  # once from float64: not to float32 first
+    numbers = np.ldexp(np.rint(significand * 256), exponent - 8).astype(np.float32)
+    return np.ascontiguousarray(numbers.astype(ml_dtypes.bfloat16)).view(np.uint32).reshape(LANES)
