@@ -29,6 +29,7 @@ from jax.experimental.mosaic.gpu import profiler
 
 import jaxq
 from jaxq.formats import Int
+from jaxq.formats.integer import narrow
 from jaxq.products import read_input
 
 CACHE = 120 << 20  # bytes of weights between two readings of the same ones
@@ -99,7 +100,7 @@ def times(cases: list[tuple[str, int, int, int]], copied: float, rate: float) ->
 def quantized(quant: Any, x: jax.Array) -> Any:
     """As a packed product reads its activation, in 8 bits."""
     found = read_input(quant, x, (1,))
-    return found.values.astype(jnp.int8), found.scale, found.center
+    return narrow(found.values, jnp.int8) if found.int8 is None else found.int8, found.scale, found.center
 
 
 def quantizers(rows: list[int], k: int, copied: float) -> Iterator[dict]:

@@ -4,13 +4,12 @@
     python experiments/gpu_compiled.py [--rows 1 16] [--kernels e2m1 ...] [--shapes 4096x4096 ...] [--plain] [--json]
 
 Each kernel is compiled ahead of time for an H200, all the way to machine code, for a product of [rows, K] with [K, N].
-Columns: `tile`, rows of a block and parts that K is cut into, by the blocks of a cluster; `temporary`, bytes of device
-memory beside arguments and result (x padded); `weight`, bytes of the weight in bfloat16, for comparison; `wgmma`,
-matrix instructions of one step in PTX, and `hgmma` in machine code (SASS); `registers` at launch; `spilled`, bytes;
-`serialized`, whether ptxas warns that it waits for each matrix instruction; `alu`, machine instructions of the kinds
-that expand codes (LOP3, SHF, PRMT, IMAD, HMUL2, HFMA2), all of the program's, for each code that a thread expands in a
-step; `plain`, with --plain, the temporary bytes of what XLA makes of the plain meaning. Nothing here is a measured
-time.
+Columns: `tile`, rows of a block and the blocks of a cluster and the warpgroups of each that K is divided by;
+`temporary`, bytes of device memory beside arguments and result (x padded); `weight`, bytes of the weight in bfloat16,
+for comparison; `mma`, matrix instructions of one step in PTX, and `hmma` in machine code (SASS); `registers` at launch;
+`spilled`, bytes; `alu`, machine instructions of the kinds that expand codes (LOP3, SHF, PRMT, IMAD, HMUL2, HFMA2), all
+of the program's, for each code that a thread expands in a step; `plain`, with --plain, the temporary bytes of what XLA
+makes of the plain meaning. Nothing here is a measured time.
 """
 
 from __future__ import annotations
@@ -91,10 +90,10 @@ def row(name: str, rows: int, k: int, n: int, dump: Path, plain: bool) -> dict:
     assert spilled and registers, log
     expanding = len(re.findall(r"\s(?:LOP3|SHF|PRMT|IMAD|HMUL2|HFMA2)\b", sass))
     result = {
-        "kernel": name, "rows": rows, "K": k, "N": n, "tile": tiles(rows, depth, n, groups),
-        "temporary": memory.temp_size_in_bytes, "weight": 2 * k * n, "wgmma": ptx.count("wgmma.mma_async"),
-        "hgmma": len(re.findall(r"\sHGMMA\.", sass)), "registers": int(registers[1]),
-        "spilled": int(spilled[1]) + int(spilled[2]), "serialized": "serialized" in log,
+        "kernel": name, "rows": rows, "K": k, "N": n, "tile": tiles(rows, depth, n),
+        "temporary": memory.temp_size_in_bytes, "weight": 2 * k * n, "mma": ptx.count("mma.sync"),
+        "hmma": len(re.findall(r"\sHMMA\.", sass)), "registers": int(registers[1]),
+        "spilled": int(spilled[1]) + int(spilled[2]),
         "alu": round(expanding * fmt.bits / 1024, 2),
     }  # fmt: skip
     if plain:

@@ -186,10 +186,10 @@ def _step(eqn: Any, values: list, plan: Plan, held: Held, at: Address, memo: dic
 def _contract(eqn: Any, values: list, groups: list[GroupPlan], products: Products, held: Held, memo: dict) -> list[Any]:
     values, biases, done = list(values), [], None
 
-    def once(read: Callable, quant: InputQuant | None, group: GroupPlan, x: jax.Array) -> Any:
+    def once(read: Callable, quant: InputQuant | None, group: GroupPlan, x: jax.Array, *options: Any) -> Any:
         key = (read, group.name, group.x_axes, id(x))
         if key not in memo:
-            memo[key] = read(quant, x, group.x_axes), x  # x, so that its id is not given to another array
+            memo[key] = read(quant, x, group.x_axes, *options), x  # x, so that its id is not given to another array
         return memo[key][0]
 
     for group in groups:
@@ -200,7 +200,7 @@ def _contract(eqn: Any, values: list, groups: list[GroupPlan], products: Product
             continue
         x = values[site.operands.x]
         if leaf is not None and multiplies(eqn, site, x, leaf, quant, products):
-            done = multiply(eqn, site, once(read_input, quant, group, x), leaf, products)
+            done = multiply(eqn, site, once(read_input, quant, group, x, products), leaf, products)
         if done is None and quant is not None:
             values[site.operands.x] = once(apply_input, quant, group, x)
         if quant is not None and site.path in quant.bias:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax import lax
 
 from jaxq.contraction import transform
 from jaxq.formats import Float, Int
+from jaxq.formats.integer import narrow
 from jaxq.kernels import gpu, tpu
 from jaxq.kernels.plain import Integers, Products, activation_integers, product, shifted, weight_integers
 from jaxq.program.sites import Operands, Site
@@ -41,14 +42,24 @@ def multiplies(eqn: Any, site: Site, x: jax.Array, leaf: Packed, quant: InputQua
     return fits and not isinstance(quant.granularity, PerGroup) and all(a.size == 1 for a in numbers)
 
 
-def read_input(quant: InputQuant | None, x: jax.Array, axes: Sequence[int]) -> Integers:
+def read_input(quant: InputQuant | None, x: jax.Array, axes: tuple[int, ...], products: Products = "int8") -> Integers:
     """What the products of a group read in place of the activation `x`: as `apply_input`, in integers."""
     if quant is None:
         return Integers(x)
-    x = transform(x, quant.shift, quant.scale, axes)
-    if quant.format is None:
-        return Integers(x)
-    return activation_integers(x, quant.format, quant.granularity, quant.grid, tuple(axes))
+
+    def plain(quant: InputQuant, x: jax.Array) -> Integers:
+        a = transform(x, quant.shift, quant.scale, axes)
+        if quant.format is None:
+            return Integers(a)
+        return activation_integers(a, quant.format, quant.granularity, quant.grid, axes)
+
+    def as_kernel(quant: InputQuant, x: jax.Array) -> Integers:
+        found = plain(quant, x)
+        return replace(found, int8=narrow(found.values, jnp.int8))
+
+    if products != "int8" or not gpu.quantizes(quant, x, axes):
+        return plain(quant, x)
+    return _either("cuda", partial(gpu.quantized, axes=axes), as_kernel)(replace(quant, bias={}), x)
 
 
 def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products) -> jax.Array | None:
@@ -104,6 +115,7 @@ def _sums(site: Site, leaf: Packed, groups: int, matrix: Callable[[jax.Array], j
 
 
 Product = Callable[[Integers, Packed, jax.Array | None], jax.Array]
+F = TypeVar("F", bound=Callable)
 
 
 def _device(products: Products, *operands: jax.Array) -> str | None:
@@ -141,16 +153,16 @@ def _kernel(
     return ("cuda", by_gpu) if kind is not None and gpu.has_kernel(x, fmt, codes.shape[1], groups, sums) else None
 
 
-def _either(platform: str, kernel: Product, plain: Product) -> Product:
-    """A product by a kernel; `plain` on another platform that the program may be compiled for, and for derivatives,
+def _either(platform: str, kernel: Callable, plain: F) -> F:
+    """What a kernel computes; `plain` on another platform that the program may be compiled for, and for derivatives,
     which kernels have none of."""
 
     @jax.custom_jvp
-    def either(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
-        return lax.platform_dependent(x, leaf, sums, default=plain, **{platform: kernel})
+    def either(*operands: Any) -> Any:
+        return lax.platform_dependent(*operands, default=plain, **{platform: kernel})
 
     either.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
-    return either
+    return cast(F, either)
 
 
 def _each(x: Integers, f: Callable[[jax.Array], jax.Array]) -> Integers:

@@ -1,4 +1,6 @@
-"""What a Hopper GPU does in place of `jaxq.kernels.plain.product`: the products that have a kernel, and which.
+"""What a Hopper GPU does in place of `jaxq.kernels.plain`: see `hopper_matmul`, `hopper_many` and `hopper_quantize`.
+
+Which products have a kernel, and which one:
 
 | rows            | scales      | weights            | activations               | kernel                    |
 |-----------------|-------------|--------------------|---------------------------|---------------------------|
@@ -14,6 +16,7 @@ Integers come in bfloat16 only where it holds them and float32 the sums, exactly
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import jax
@@ -26,11 +29,15 @@ from jaxq.formats.integer import narrow
 from jaxq.kernels.expansion import WIDEST_EXPONENT
 from jaxq.kernels.layout import fits
 from jaxq.kernels.plain import Integers, largest_integer
+from jaxq.qtensor import InputQuant, PerToken
 
 COLUMNS = 128  # of the weight, that a warpgroup multiplies at once
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
 FEW = {4: 32, 8: 16}  # rows, by the bits of a weight (timed on an H200)
 GROUPED = {4: 64, 8: 16}  # with more, XLA multiplies
+CHANNELS = 512, 32768  # of a row, that the kernel holds in registers, and the vectors for it in shared memory
+# An estimate: with fewer, quantizing is a small part of a product, and XLA may do it where it computes x.
+LEAST_ROWS = 256
 EXACT = 2**24  # below it float32 holds all integers
 
 
@@ -74,6 +81,32 @@ def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: j
     return jnp.bfloat16 if fmt.bits == 4 and exact else None
 
 
+def quantizes(quant: InputQuant, x: jax.Array, axes: tuple[int, ...]) -> bool:
+    """Whether `quantized` reads an activation with channels along `axes`: of many tokens, to integers with one grid or
+    one for each token."""
+    grid, k = quant.grid, prod(x.shape[i] for i in axes)
+    last = axes == tuple(range(x.ndim - len(axes), x.ndim))
+    one = isinstance(quant.granularity, PerToken) if grid is None else all(a.size == 1 for a in jax.tree.leaves(grid))
+    fits = x.dtype == jnp.bfloat16 and CHANNELS[0] <= k <= CHANNELS[1] and k % 8 == 0 and x.size >= k * LEAST_ROWS
+    return isinstance(quant.format, Int) and last and one and fits and target(x) is not None
+
+
+def quantized(quant: InputQuant, x: jax.Array, axes: tuple[int, ...]) -> Integers:
+    """What `jaxq.kernels.plain.activation_integers` makes of the transformed x, with the values in int8, by the kernel.
+    The axes are x's last, in order; the others are the kernel's rows."""
+    from jaxq.kernels.hopper_quantize import hopper_quantize
+
+    assert isinstance(quant.format, Int)
+    k, ones = prod(x.shape[i] for i in axes), [1] * len(axes)
+    shift, divisor = (None if v is None else v.reshape(k) for v in (quant.shift, quant.scale))
+    grid = jax.tree.map(lambda a: a.reshape(1, 1), quant.grid)
+    values, *numbers = hopper_quantize(x.reshape(-1, k), quant.format, grid, shift, divisor)
+    lead = x.shape[: x.ndim - len(axes)] if grid is None else [1] * (x.ndim - len(axes))
+    scale, center = jax.tree.map(lambda a: a.reshape(*lead, *ones), numbers)
+    values = values.reshape(x.shape)
+    return Integers(values.astype(jnp.float32), scale, center, largest_integer(quant.format), int8=values)
+
+
 def packed_product(
     x: Integers,
     codes: jax.Array,
@@ -98,7 +131,10 @@ def packed_product(
     """
     (rows, k), groups, n = x.values.shape, scale.shape[0], codes.shape[1]
     read_as = _read_as(x, fmt, n, groups, sums)
-    values = narrow(x.values, jnp.int8) if read_as == jnp.int8 else x.values.astype(jnp.bfloat16)
+    if read_as == jnp.int8:
+        values = narrow(x.values, jnp.int8) if x.int8 is None else x.int8
+    else:
+        values = x.values.astype(jnp.bfloat16)
     codes = lax.bitcast_convert_type(codes, jnp.uint8)
     scale = jnp.broadcast_to(scale, (groups, n))
     zero = None if zero is None else jnp.broadcast_to(zero.astype(jnp.float32), (groups, n))
@@ -119,7 +155,7 @@ def _of_few(
 
     whole = x.scale is None and x.center is None
     y = hopper_matmul(values, codes, scale, fmt, zero=zero, dtype=dtype if whole else jnp.float32)
-    if total is not None:
+    if x.center is not None:
         y = y + x.center * (total * scale).sum(0, keepdims=True)
     return (y if x.scale is None else y * x.scale).astype(dtype)
 
@@ -134,7 +170,7 @@ def _of_many(
     if row is not None and row.shape[0] == 1:
         row, scale = None, scale * row[0]
     left, right = [], []
-    if total is not None:
+    if x.center is not None:
         left, right = [jnp.broadcast_to(x.center, (rows, 1))[:, 0]], [total[0]]
     if zero is not None and values.dtype == jnp.int8:
         left.append(values.sum(1, dtype=jnp.int32).astype(jnp.float32))

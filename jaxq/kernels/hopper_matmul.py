@@ -2,19 +2,16 @@
 
     y[m, n] = sum_g scale[g, n] * sum_{k in g} x[m, k] c[k, n]
 
-with c what the weight's codes stand for (an asymmetric 4-bit integer's: the code less 8), and groups g of 128 channels,
-or more, or all.
+with c what the weight's codes stand for, less the zero point, and groups g of 128 channels, or more, or all. For few
+rows of x: what counts is how fast the weight is read.
 
 The weight is the left operand of the tensor cores, transposed: codes come from device memory through shared memory to
-registers, where they are expanded and multiplied; nothing of the size of the weight is written anywhere, and few tokens
-pad to 8, not to 64. A block is one warpgroup, which multiplies 128 columns and copies some steps ahead; several share a
-multiprocessor, so that one expands while another waits. Where tokens are few, K is split over several blocks, whose
-float32 sums are added afterwards. The tensor cores add bfloat16 products exactly: sums of integers below 2**24 are
-exact, which was seen on an H100 (`experiments/RESULTS.md` has the times). Without a GPU the kernel is compiled
+registers, where they are expanded and multiplied; nothing of the size of the weight is written anywhere, and few rows
+pad to 8. A warpgroup multiplies 128 columns with a part of K and copies some steps ahead. The warpgroups of a block and
+the blocks of a cluster have the other parts of K; their float32 sums are added in shared memory, so that a product is
+one kernel. The tensor cores add bfloat16 products exactly: sums of integers below 2**24 are exact, which was seen on an
+H100 and an H200 (`experiments/RESULTS.md` has the times). Without a GPU the kernel is compiled
 (`experiments/gpu_compiled.py`) and its PTX run in numpy, instruction by instruction (`tests/kernels/ptx.py`).
-
-Four multiplying warpgroups in one block, with a fifth that copies, hang: their registers do not fit those that the
-block starts with, which `setmaxnreg` waits for.
 """
 
 from __future__ import annotations
@@ -78,47 +75,80 @@ def hopper_matmul(
             "[K * bits / 8, N] and scales [G, N], K in blocks of 256, groups in multiples of 128 and N in multiples of "
             "128"
         )
-    rows, splits = tiles(m, w.shape[0], n, groups)
+    rows, splits, warpgroups = tiles(m, w.shape[0], n)
     if m > 8:  # fewer come as they are: what is missing from one tile of 8 rows is not read
         x = jnp.pad(x, ((0, -m % rows), (0, 0)))
-    blocks = -(-m // rows) * (n // COLUMNS) * splits
-    parts = plgpu.SMEM((splits - 1, COLUMNS, rows), jnp.float32, transforms=_rows_of(4 * min(rows & -rows, 32)))
+    codes, parts = 8 // fmt.bits, splits * warpgroups
+    steps = -(-w.shape[0] // STEP // parts)
+    numbers = codes * (1 + (zero is not None)) if groups > 1 else 0  # rows of scales and zero points in a step
+    step_bytes = STEP * COLUMNS + 2 * rows * codes * STEP + 4 * numbers * COLUMNS
+    resident = min(RESIDENT, -(-(-(-m // rows) * (n // COLUMNS) * splits) // MULTIPROCESSORS))
+    shared = SHARED // resident - 4 * (parts - 1) * rows * COLUMNS
+    slots = max(1, min(shared // step_bytes // warpgroups, steps))
+    every = warpgroups * slots
+    scratch: dict[str, Any] = {
+        "w_slots": plgpu.SMEM((every, STEP, COLUMNS), w.dtype, transforms=_rows_of(128, w.dtype)),
+        "x_slots": plgpu.SMEM((every, rows, codes * STEP), x.dtype, transforms=_rows_of(128, x.dtype)),
+        "filled": plgpu.Barrier(num_arrivals=2 + numbers, num_barriers=every),
+    }
+    if numbers:
+        scratch["number_slots"] = plgpu.SMEM((every, numbers, COLUMNS), jnp.float32)
+    if parts > 1:
+        scratch["sums"] = plgpu.SMEM((parts - 1, COLUMNS, rows), jnp.float32, transforms=_rows_of(4 * rows))
+        scratch["arrived"] = plgpu.Barrier(num_arrivals=parts - 1)
     return plgpu.kernel(
-        partial(
-            _kernel, fmt=fmt, rows=rows, splits=splits, shared=SHARED // min(RESIDENT, -(-blocks // MULTIPROCESSORS))
-        ),
+        partial(_kernel, fmt=fmt, rows=rows, parts=parts, warpgroups=warpgroups, steps=steps, slots=slots),
         out_type=jax.ShapeDtypeStruct((m, n), dtype),
         grid=(-(-m // rows), n // COLUMNS),
         grid_names=("m", "n"),
         cluster=(splits,),
         cluster_names=("split",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
         kernel_name="jaxq_hopper_matmul",
-        scratch_types=[
-            *([parts, plgpu.Barrier(num_arrivals=splits - 1)] if splits > 1 else []),
-        ],
+        scratch_types=scratch,
     )(x, w, scale, *([] if zero is None else [zero]))
 
 
-def tiles(m: int, depth: int, n: int, groups: int) -> tuple[int, int]:
-    """How many rows of x a block multiplies, and into how many parts K is cut, for weights of `depth` bytes a column:
-    as many as make two blocks for nearly each multiprocessor. With scales of groups there are three sums to hold in
-    registers."""
-    rows = min(-(-m // 8) * 8, 64 if groups == 1 else 16)
-    blocks, steps = -(-m // rows) * (n // COLUMNS), depth // STEP
-    splits = 1
-    while splits < CLUSTER and blocks * splits < 2 * MULTIPROCESSORS - 14 and 4 * splits <= steps and rows <= 32:
+def tiles(m: int, depth: int, n: int) -> tuple[int, int, int]:
+    """How many rows of x a block multiplies, and by how many blocks of a cluster and how many warpgroups of each K is
+    divided, for weights of `depth` bytes a column: about a block for each multiprocessor, and two or four warpgroups.
+    """
+    rows, steps = 8 if m <= 8 else 16, depth // STEP
+    blocks, splits, warpgroups = -(-m // rows) * (n // COLUMNS), 1, 1
+    while splits < CLUSTER and 8 * blocks * splits < 7 * MULTIPROCESSORS and 2 * splits <= steps:
         splits *= 2
-    return rows, splits
+    while warpgroups < 4 and blocks * splits * warpgroups < 2 * MULTIPROCESSORS and 2 * splits * warpgroups <= steps:
+        warpgroups *= 2
+    return rows, splits, warpgroups
 
 
-def _kernel(x: Any, w: Any, scale: Any, *rest: Any, fmt: Int | Float, rows: int, splits: int, shared: int) -> None:
+def _kernel(
+    x: Any,
+    w: Any,
+    scale: Any,
+    *rest: Any,
+    fmt: Int | Float,
+    rows: int,
+    parts: int,
+    warpgroups: int,
+    steps: int,
+    slots: int,
+    w_slots: Any,
+    x_slots: Any,
+    filled: Any,
+    number_slots: Any = None,
+    sums: Any = None,
+    arrived: Any = None,
+) -> None:
     made, groups = expansions(fmt), scale.shape[0]
     codes = len(made)  # in a byte
     size, deep = x.shape[1] // groups, codes * STEP  # channels of a group, of a step
-    zero, out, *shares = rest if len(rest) % 2 == 0 else (None, *rest)
-    i, j, split = (lax.axis_index(name) for name in ("m", "n", "split"))
+    *zeros, out = rest
+    i, j, split, warpgroup = (lax.axis_index(name) for name in ("m", "n", "split", "warpgroup"))
+    part, first_slot = split * warpgroups + warpgroup, warpgroup * slots
     columns = pl.ds(j * COLUMNS, COLUMNS)
-    steps = -(-w.shape[0] // STEP // splits)
+    given = [(a, code) for a in (scale, *zeros) for code in range(codes)]  # whose numbers come with a step
 
     def each_column(here: Any) -> jax.Array:
         """Numbers of this warpgroup's columns."""
@@ -127,80 +157,92 @@ def _kernel(x: Any, w: Any, scale: Any, *rest: Any, fmt: Int | Float, rows: int,
     def scaled(sums: jax.Array, factor: jax.Array) -> jax.Array:
         return sums * plgpu.layout_cast(lax.broadcast_in_dim(factor, sums.shape, (0,)), registers.FRAGMENTS)
 
-    def multiply(w_part: Any, x_part: Any, sums: list[jax.Array], zeros: Sequence[Any]) -> list[jax.Array]:
+    def fill(step: Any, slot: Any) -> None:
+        """Starts the copies of a step. What is behind the end of K is 0."""
+        at, full = part * steps + step, filled.at[slot]
+        plgpu.copy_gmem_to_smem(w.at[pl.ds(at * STEP, STEP), columns], w_slots.at[slot], full)
+        plgpu.copy_gmem_to_smem(x.at[pl.ds(i * rows, rows), pl.ds(at * deep, deep)], x_slots.at[slot], full)
+        for number, (a, code) in enumerate(given if groups > 1 else []):
+            group = (at * deep + code * STEP) // size
+            plgpu.copy_gmem_to_smem(a.at[group, columns], number_slots.at[slot, number], full)
+
+    def over_steps(body: Any, carry: Any) -> Any:
+        """A slot is filled again as soon as its numbers are in registers, before they are worked on."""
+        for step in range(slots):
+            fill(step, first_slot + step)
+
+        def one(step: Any, carry: Any) -> Any:
+            slot = first_slot + lax.rem(step, slots)
+            plgpu.barrier_wait(filled.at[slot])
+            packed, right = [], []
+            for run in range(0, STEP, DEPTH):
+                bytes_ = plgpu.load(w_slots.at[slot, run : run + DEPTH], *NO_INDEX, layout=registers.BYTES)
+                packed.append(registers.pairs(bytes_))
+            for at in range(0, deep, DEPTH):
+                channels = x_slots.at[slot, :, at : at + DEPTH]
+                right.append(plgpu.load(channels, *NO_INDEX, layout=registers.X, optimized=False))
+            numbers = [each_column(number_slots.at[slot, n]) for n in range(len(given) if groups > 1 else 0)]
+
+            @pl.when(step + slots < steps)
+            def _() -> None:
+                fill(step + slots, slot)
+
+            return body(packed, right, numbers, carry)
+
+        return lax.fori_loop(0, steps, one, carry)
+
+    def multiply(
+        packed: list[jax.Array], right: list[jax.Array], zeros: Sequence[Any], sums: list[jax.Array]
+    ) -> list[jax.Array]:
         """The sums of each code of the bytes, with a step's products added."""
-        sums = [*sums]
-        for run in range(STEP // DEPTH):
-            words = registers.pairs(plgpu.layout_cast(w_part[run * DEPTH : (run + 1) * DEPTH, :], registers.BYTES))
+        found = [*sums]
+        for run, words in enumerate(packed):
             words = made[0].flipped(words)
             for code, e in enumerate(made):
                 bits = registers.fragments(e.bits(words, 0), e.bits(words, 1))
                 if e.less:
-                    taken = jnp.full((COLUMNS,), e.less) if zeros[code] is None else zeros[code] * jnp.float32(e.unit)
+                    taken = jnp.full((COLUMNS,), e.less) if not zeros else zeros[code] * jnp.float32(e.unit)
                     numbers = registers.less(bits, e.factor, plgpu.layout_cast(taken, registers.ROWS))
                 else:
                     numbers = bits * jnp.bfloat16(e.factor)
-                at = code * STEP + run * DEPTH
-                right = plgpu.load(x_part.at[:, at : at + DEPTH], *NO_INDEX, layout=registers.X, optimized=False)
-                sums[code] = registers.multiplied(sums[code], numbers, right)
-        return sums
-
-    def group_spec(code: int) -> plgpu.BlockSpec:
-        return plgpu.BlockSpec((1, COLUMNS), lambda t: (((split * steps + t) * deep + code * STEP) // size, j))
-
-    def pipeline(body: Any, numbers: Sequence[Any], carry: Any) -> Any:
-        specs = [
-            plgpu.BlockSpec((STEP, COLUMNS), lambda t: (split * steps + t, j), transforms=_rows_of(128, w.dtype)),
-            plgpu.BlockSpec((rows, deep), lambda t: (i, split * steps + t), transforms=_rows_of(128, x.dtype)),
-            *[group_spec(code) for _ in numbers for code in range(codes)],
-        ]
-        step_bytes = STEP * COLUMNS + rows * deep * x.dtype.itemsize + codes * len(numbers) * COLUMNS * 4
-        others = rows * COLUMNS * 4 * (splits - 1)
-        stages = max(min((shared - others) // step_bytes, steps), 1)
-        operands = [w, x, *[a for a in numbers for _ in range(codes)]]
-        return plgpu.emit_pipeline(body, grid=(steps,), in_specs=specs, max_concurrent_steps=stages, init_carry=carry)(
-            *operands
-        )
+                found[code] = registers.multiplied(found[code], numbers, right[code * len(packed) + run])
+        return found
 
     def channelwise() -> tuple[jax.Array, jax.Array]:
-        factor, zeros = (None if a is None else each_column(a.at[0, columns]) for a in (scale, zero))
+        factor, *taken = (each_column(a.at[0, columns]) for a in (scale, *zeros))
 
-        def body(_: Any, w_part: Any, x_part: Any, sums: list[jax.Array]) -> list[jax.Array]:
-            return multiply(w_part, x_part, sums, [zeros] * codes)
+        def body(packed: Any, right: Any, _: Any, sums: list[jax.Array]) -> list[jax.Array]:
+            return multiply(packed, right, taken * codes, sums)
 
-        return sum(pipeline(body, [], [nothing] * codes)), factor
+        first, *others = over_steps(body, [nothing] * codes)
+        return (first + others[0] if others else first), factor
 
     def by_groups() -> jax.Array:
-        def body(_: Any, w_part: Any, x_part: Any, *rest: Any) -> jax.Array:
-            *numbers, total = rest
-            numbers = [each_column(part.at[0]) for part in numbers]
-            scales, zeros = numbers[:codes], numbers[codes:] or [None] * codes
-            for sums, factor in zip(multiply(w_part, x_part, [nothing] * codes, zeros), scales):
-                total = total + scaled(sums, factor)
+        def body(packed: Any, right: Any, numbers: list[jax.Array], total: jax.Array) -> jax.Array:
+            for found, factor in zip(multiply(packed, right, numbers[codes:], [nothing] * codes), numbers):
+                total = total + scaled(found, factor)
             return total
 
-        return pipeline(body, [scale] if zero is None else [scale, zero], nothing)
+        return over_steps(body, nothing)
 
     def finish(total: jax.Array, factor: jax.Array | None) -> None:
-        """The sum of all parts of K, which the first block of a cluster adds, always in the same order."""
-        if splits > 1:
-            parts, arrived = shares
+        """The sum of all parts of K, which the first warpgroup of a cluster adds, always in the same order."""
+        if parts == 1:
+            return store(total, factor)
 
-            @pl.when(split > 0)
-            def _() -> None:
-                plgpu.async_store_smem(
-                    total, parts.at[split - 1], arrived, cluster_idx=jnp.int32(0), cluster_dim="split", optimized=False
-                )
+        @pl.when(part > 0)
+        def _() -> None:
+            plgpu.async_store_smem(
+                total, sums.at[part - 1], arrived, cluster_idx=jnp.int32(0), cluster_dim="split", optimized=False
+            )
 
-            @pl.when(split == 0)
-            def _() -> None:
-                plgpu.barrier_wait(arrived)
-                whole = total
-                for part in range(splits - 1):
-                    whole = whole + plgpu.load(parts.at[part], *NO_INDEX, layout=registers.FRAGMENTS, optimized=False)
-                store(whole, factor)
-        else:
-            store(total, factor)
+        @pl.when(part == 0)
+        def _() -> None:
+            plgpu.barrier_wait(arrived)
+            whole = total
+            for other in range(parts - 1):
+                whole = whole + plgpu.load(sums.at[other], *NO_INDEX, layout=registers.FRAGMENTS, optimized=False)
+            store(whole, factor)
 
     def store(total: jax.Array, factor: jax.Array | None) -> None:
         total = total * jnp.float32(1 / made[0].unit)

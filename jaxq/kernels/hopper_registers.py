@@ -152,7 +152,7 @@ def _multiply_add(four: list, left: list, right: list) -> list:
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
     )
     constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
-    found = llvm.inline_asm(llvm.StructType.get_literal([number] * 4), given, text, constraints)
+    found: Any = llvm.inline_asm(llvm.StructType.get_literal([number] * 4), given, text, constraints)
     made = [llvm.extractvalue(number, found, [i]) for i in range(4)]
     return [vector.from_elements(ir.VectorType.get((2,), number), made[i : i + 2]) for i in (0, 2)]
 

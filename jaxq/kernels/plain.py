@@ -51,7 +51,8 @@ class Integers:
 
     `center` (None: 0) is what brings an asymmetric integer's codes around 0, so that 8 bits hold them. Each
     value may have been multiplied by a power of two up to `2**reach`, `bound` being the largest magnitude before that.
-    `digits` are the significant bits that a value has at most, where they are fewer than the bound's.
+    `digits` are the significant bits that a value has at most, where they are fewer than the bound's. `int8` are the
+    values as a kernel wrote them, where one did: `values`, which derivatives pass, is then only their conversion.
     """
 
     values: jax.Array
@@ -60,6 +61,7 @@ class Integers:
     bound: int | None = static(default=None)
     reach: int = static(default=0)
     digits: int | None = static(default=None)
+    int8: jax.Array | None = None
 
     @property
     def significant(self) -> int | None:
@@ -194,7 +196,7 @@ def _doubled() -> bool:
 def _int8_product(x: Integers, w: Integers, sums: jax.Array | None, k_axis: int) -> jax.Array:
     """XW is exact; centers come after, in float32: (X + a)(W + b) = XW + a (sum(W) + K b) + b sum(X)."""
     assert x.bound is not None and w.bound is not None
-    y = _exact_dot(x.values, w.values, k_axis)
+    y = _exact_dot(x.values, x.int8, w.values, k_axis)
     if x.center is not None:
         if sums is None:
             sums = w.values.sum(k_axis, dtype=jnp.int32)[None]
@@ -205,26 +207,28 @@ def _int8_product(x: Integers, w: Integers, sums: jax.Array | None, k_axis: int)
     return y
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _exact_dot(x: jax.Array, w: jax.Array, k_axis: int) -> jax.Array:
-    """x [M, K] of float32, whole numbers that fit int8, times w of int8; differentiable by x."""
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _exact_dot(x: jax.Array, narrowed: jax.Array | None, w: jax.Array, k_axis: int) -> jax.Array:
+    """x [M, K] of float32, whole numbers that fit int8 (`narrowed`, if they are there), times w of int8; differentiable
+    by x."""
     rows = x.shape[0]
     if k_axis == 0 and on_gpu() and rows >= ROWS_FOR_LIBRARIES:
         w, k_axis = lax.optimization_barrier(w.T), 1
 
     def in_int8(x: jax.Array, w: jax.Array) -> jax.Array:
-        return _dot(narrow(x, jnp.int8), w, jnp.int32, k_axis=k_axis).astype(jnp.float32)
+        return _dot(x, w, jnp.int32, k_axis=k_axis).astype(jnp.float32)
 
     def padded(x: jax.Array, w: jax.Array) -> jax.Array:
         return in_int8(jnp.pad(x, ((0, ROWS_ON_CPU - rows), (0, 0))), w)[:rows]
 
+    x = narrow(x, jnp.int8) if narrowed is None else narrowed
     return in_int8(x, w) if rows >= ROWS_ON_CPU else lax.platform_dependent(x, w, cpu=padded, default=in_int8)
 
 
 @_exact_dot.defjvp
 def _exact_dot_jvp(k_axis: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    x, w = primals
-    return _exact_dot(x, w, k_axis), _dot(tangents[0], w.astype(jnp.float32), k_axis=k_axis)
+    x, narrowed, w = primals
+    return _exact_dot(x, narrowed, w, k_axis), _dot(tangents[0], w.astype(jnp.float32), k_axis=k_axis)
 
 
 def _float_product(x: Integers, w: Integers, precision: Any) -> jax.Array:

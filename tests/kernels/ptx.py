@@ -19,9 +19,11 @@ from tests.kernels.ptx_matrix import (
     LANES,
     THREAD,
     bfloat16,
+    converted,
     load_matrices,
     multiply,
     multiply_by_warps,
+    pair,
     rounded,
 )
 from tests.kernels.ptx_memory import BUFFER, MAPS, PEER, Barrier, Block, Rows, Tiled, swizzled
@@ -36,15 +38,11 @@ BINARY: dict[str, Callable] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor"
 BINARY |= {"sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum}
 COMPARED: dict[str, Callable] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
 COMPARED |= {"gt": np.greater, "ge": np.greater_equal}
-NOTHING = (
-    "prefetch",
-    "fence",
-    "barrier.cluster.arrive",
-    "cp.async.bulk.wait",
-    "setmaxnreg",
-    "wgmma.fence",
-    "cp.async.bulk.commit",
-)
+FLOATS = ("f32", "bf16x2")
+FLOATING: dict[str, Callable] = BINARY | {"fma": lambda a, b, c: a * b + c, "neg": np.negative, "div": np.divide}
+FLOATING |= {"rcp": np.reciprocal}
+NOTHING = ("prefetch", "fence", "setmaxnreg", "wgmma.fence", "barrier.cluster.arrive")
+NOTHING += ("cp.async.bulk.wait", "cp.async.bulk.commit")
 
 
 def run(
@@ -90,7 +88,9 @@ class Warpgroup:
         self.products: list[list[tuple[str, list[str]]]] = [[]]  # under way, by groups; the last is not committed
         self.values: dict[str, np.ndarray] = {"%tid.x": (THREAD + index * LANES).astype(np.uint32)}
         self.values |= {f"%ctaid.{axis}": np.full(LANES, i, np.uint32) for axis, i in zip("xyz", at)}
-        self.values["%cluster_ctaid.x"] = np.full(LANES, rank, np.uint32)
+        self.values |= {f"%cluster_ctaid.{axis}": np.full(LANES, i, np.uint32) for axis, i in zip("xyz", (rank, 0, 0))}
+        self.values |= {f"%cluster_nctaid.{axis}": np.full(LANES, 1, np.uint32) for axis in "yz"}
+        self.values["%cluster_nctaid.x"] = np.full(LANES, len(block.cluster), np.uint32)
 
     def run(self) -> Iterator[str]:
         """Until the end; what it waits for on the way."""
@@ -182,14 +182,19 @@ class Warpgroup:
         elif parts[0] in ("ld", "st"):
             self.move(parts, ops, active)
         elif parts[0] == "shfl":
-            self.values[ops[0]] = self.get(ops[1], np.uint32)[THREAD // 32 * 32]
+            lane = THREAD ^ int(ops[2]) if parts[2] == "bfly" else THREAD // 32 * 32
+            self.values[ops[0]] = self.get(ops[1], np.uint32)[lane]
         elif parts[0] == "setp":
-            self.values[ops[0]] = COMPARED[parts[1]](self.get(ops[1], kind), self.get(ops[2], kind))
+            a, b = (self.floats(op, "f32") if parts[-1] == "f32" else self.get(op, kind) for op in ops[1:])
+            self.values[ops[0]] = COMPARED[parts[1]](a, b)
         elif parts[0] in ("mov", "cvta"):
-            found = self.get(ops[1], kind)
-            self.values[ops[0]] = found != 0 if parts[1] == "pred" else found
-        elif name == "cvt.rn.bf16x2.f32":  # the first operand is the upper half
-            self.values[ops[0]] = rounded(np.stack([self.floats(op, "f32") for op in ops[:0:-1]], 1), "bf16x2")
+            if ops[1].startswith("{"):
+                self.values[ops[0]] = pair(self, ops[1])
+            else:
+                found = self.get(ops[1], kind)
+                self.values[ops[0]] = found != 0 if parts[1] == "pred" else found
+        elif parts[0] == "cvt" and "bf16" in name:
+            self.values[ops[0]] = converted(self, name, ops)
         elif name == "cvt.rn.f32.s32":
             self.values[ops[0]] = rounded(self.get(ops[1], np.int32).astype(float), "f32")
         elif parts[0] == "cvt":
@@ -203,9 +208,8 @@ class Warpgroup:
         last = parts[-1]
         if last == "pred":
             return BINARY[parts[0]](self.values[ops[1]], self.values[ops[2]])
-        if last in ("f32", "bf16x2"):
-            a, b, *c = (self.floats(op, last) for op in ops[1:])
-            return rounded(a * b + c[0] if parts[0] == "fma" else BINARY[parts[0]](a, b), last)
+        if last in FLOATS:
+            return rounded(FLOATING[parts[0]](*(self.floats(op, last) for op in ops[1:])), last)
         if parts[0] == "prmt":
             a, b, chosen = (self.get(op, np.uint32) for op in ops[1:])
             both = np.stack([a, b], 1).view(np.uint8)

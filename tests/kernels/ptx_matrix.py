@@ -1,4 +1,4 @@
-"""The matrix instructions of a kernel that `ptx` runs, and what numbers they take from registers and shared memory.
+"""The matrix instructions of a kernel that `ptx` runs, and its numbers of 16 bits.
 
 Written, as `ptx`, against NVIDIA's PTX ISA 9.0.
 """
@@ -70,6 +70,20 @@ def load_matrices(group: Any, name: str, ops: list[str]) -> None:
         group.values[register] = memory[at].view(np.uint32)[:, 0]
 
 
+def pair(group: Any, op: str) -> np.ndarray:
+    """Two registers of 16 bits as one of 32."""
+    low, high = (group.get(name, np.uint16).astype(np.uint32) for name in re.findall(r"[%\w]+", op))
+    return high << np.uint32(16) | low
+
+
+def converted(group: Any, name: str, ops: list[str]) -> np.ndarray:
+    """To or from bfloat16; of two numbers the first is the upper half."""
+    if name == "cvt.f32.bf16":
+        return group.get(ops[1], np.uint16).astype(np.uint32) << np.uint32(16)
+    found = [group.floats(op, "f32").astype(ml_dtypes.bfloat16).view(np.uint16) for op in ops[:0:-1]]
+    return found[0] if len(found) == 1 else found[1].astype(np.uint32) << np.uint32(16) | found[0]
+
+
 def bfloat16(words: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(words).view(ml_dtypes.bfloat16).reshape(*words.shape, 2)
 
@@ -77,4 +91,6 @@ def bfloat16(words: np.ndarray) -> np.ndarray:
 def rounded(numbers: np.ndarray, kind: str) -> np.ndarray:
     if kind == "f32":
         return numbers.astype(np.float32).view(np.uint32)
-    return np.ascontiguousarray(numbers.astype(np.float32).astype(ml_dtypes.bfloat16)).view(np.uint32).reshape(LANES)
+    significand, exponent = np.frexp(numbers)  # once from float64: not to float32 first
+    numbers = np.ldexp(np.rint(significand * 256), exponent - 8).astype(np.float32)
+    return np.ascontiguousarray(numbers.astype(ml_dtypes.bfloat16)).view(np.uint32).reshape(LANES)
