@@ -142,7 +142,7 @@ def packed_product(
     total = None
     if x.center is not None:
         assert sums is not None
-        total = sums.astype(jnp.float32) if center is None else sums + k // groups * center
+        total = sums.astype(jnp.float32) + (0 if center is None else k // groups * center)
     product = _of_few if _few(rows, fmt, groups) else _of_many
     return product(x, values, codes, scale, zero, fmt, total, dtype)
 

@@ -248,8 +248,9 @@ def plain_hopper_many(
     """What `hopper_many` means, in plain jnp, for any M, K and N."""
     values = packed_values(fmt, w, x.shape[1])
     if zero is not None:
-        values = values + (2 ** (fmt.bits - 1) - zero)
+        values = values + (2 ** (fmt.bits - 1) - zero)[None]
     y = jnp.dot(x.astype(jnp.float32), values, precision="highest")
     if left is not None and right is not None:
         y = y + jnp.dot(left.T, right, precision="highest")
-    return (y * (1 if row is None else row[:, None]) * scale).astype(dtype)
+    y = y if row is None else y * row[:, None]
+    return (y * scale[None]).astype(dtype)
