@@ -14,7 +14,7 @@ from jaxq.formats import Float, Format, Int
 from jaxq.kernels.expansion import WIDEST_EXPONENT
 from jaxq.kernels.layout import fits
 from jaxq.kernels.plain import Integers, largest_integer
-from jaxq.qtensor import InputQuant, PerToken
+from jaxq.qtensor import Grid, InputQuant, PerToken
 
 COLUMNS = 128  # of the weight, that a warpgroup multiplies at once
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
@@ -22,6 +22,7 @@ MOST_ROWS = {4: 128, 8: 16}  # by the bits of a weight; with more, XLA multiplie
 CHANNELS = 512, 32768  # of a row, that the kernel holds in registers, and the vectors for it in shared memory
 # An estimate: with fewer, quantizing is a small part of a product, and XLA may do it where it computes x.
 LEAST_ROWS = 256
+SMALLEST_GROUP = 16
 EXACT = 2**24  # below it float32 holds all integers
 
 
@@ -36,7 +37,12 @@ def has_kernel(x: Integers, fmt: Format | None, columns: int, groups: int, sums:
     few rows; of 4 or 8 bits with an activation in bfloat16 that is not quantized; of 4 bits with one that is, where
     bfloat16 holds it and float32 the sums, exactly."""
     rows, k = x.values.shape
-    if not isinstance(fmt, Int | Float) or fmt.bits not in (4, 8) or columns % COLUMNS or not fits(k, groups):
+    if (
+        not isinstance(fmt, Int | Float)
+        or fmt.bits not in (4, 8)
+        or columns % COLUMNS
+        or not fits(k, groups, SMALLEST_GROUP)
+    ):
         return False
     if rows > MOST_ROWS[fmt.bits] or (isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT):
         return False
@@ -75,14 +81,7 @@ def quantized(quant: InputQuant, x: jax.Array, axes: tuple[int, ...]) -> Integer
 
 
 def packed_product(
-    x: Integers,
-    codes: jax.Array,
-    scale: jax.Array,
-    zero: jax.Array | None,
-    fmt: Int | Float,
-    sums: jax.Array | None,
-    *,
-    dtype: Any,
+    x: Integers, codes: jax.Array, grid: Grid, fmt: Int | Float, sums: jax.Array | None, *, dtype: Any
 ) -> jax.Array:
     """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by the kernel: y [M, N] of `dtype`.
 
@@ -91,29 +90,27 @@ def packed_product(
     Args:
       x: as there.
       codes: of the weights, packed: uint8 [K/2, N], or of 8 bits uint8 or int8 [K, N].
-      scale, zero: of the weight's grid, float32; [groups, N], or 1 for either.
+      grid: of the weight, float32 [groups, N], or 1 for either.
       fmt: of the codes.
       sums: of the weight's integers over each group, int32 [groups, N].
     """
     from jaxq.kernels.hopper_matmul import hopper_matmul  # not above: not every jaxlib comes with Mosaic GPU
 
-    groups, n = scale.shape[0], codes.shape[1]
-    scale = jnp.broadcast_to(scale, (groups, n))
-    zero = None if zero is None else jnp.broadcast_to(zero.astype(jnp.float32), (groups, n))
-    values = x.values.astype(jnp.bfloat16)
-    whole = x.scale is None and x.center is None
-    y = hopper_matmul(
-        values,
-        lax.bitcast_convert_type(codes, jnp.uint8),
-        scale,
-        fmt,
-        zero=zero,
-        dtype=dtype if whole else jnp.float32,
-    )
+    groups, n = grid.scale.shape[0], codes.shape[1]
+    outer = grid.outer is not None and grid.outer.size == 1
+    factors = [a.reshape(1, 1) for a in (x.scale, grid.outer if outer else None) if a is not None and a.size == 1]
+    scale = jnp.broadcast_to(grid.scale if outer else grid.factor, (groups, n))
+    zero = None if grid.zero is None else jnp.broadcast_to(grid.zero.astype(jnp.float32), (groups, n))
+    by = prod(factors[1:], start=factors[0]) if factors else None
+    rows = None if x.scale is None or x.scale.size == 1 else x.scale
+    values, whole = x.values.astype(jnp.bfloat16), rows is None and x.center is None
+    packed = lax.bitcast_convert_type(codes, jnp.uint8)
+    y = hopper_matmul(values, packed, scale, fmt, zero=zero, factor=by, dtype=dtype if whole else jnp.float32)
     if x.center is not None:
         assert sums is not None
         total = sums.astype(jnp.float32)
         if zero is not None:
             total = total + values.shape[1] // groups * (2 ** (fmt.bits - 1) - zero)
-        y = y + x.center * (total * scale).sum(0, keepdims=True)
-    return (y if x.scale is None else y * x.scale).astype(dtype)
+        correction = (total * scale).sum(0, keepdims=True)
+        y = y + x.center * (correction if by is None else correction * by)
+    return (y if rows is None else y * rows).astype(dtype)
