@@ -16,6 +16,7 @@ Integers come in bfloat16 only where it holds them and float32 the sums, exactly
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -29,7 +30,7 @@ from jaxq.formats.integer import narrow
 from jaxq.kernels.expansion import WIDEST_EXPONENT
 from jaxq.kernels.layout import fits
 from jaxq.kernels.plain import Integers, largest_integer
-from jaxq.qtensor import InputQuant, PerToken
+from jaxq.qtensor import Grid, InputQuant, PerToken
 
 COLUMNS = 128  # of the weight, that a warpgroup multiplies at once
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
@@ -38,6 +39,7 @@ GROUPED = {4: 64, 8: 16}  # with more, XLA multiplies
 CHANNELS = 512, 32768  # of a row, that the kernel holds in registers, and the vectors for it in shared memory
 # An estimate: with fewer, quantizing is a small part of a product, and XLA may do it where it computes x.
 LEAST_ROWS = 256
+SMALLEST_GROUP = 16
 EXACT = 2**24  # below it float32 holds all integers
 
 
@@ -64,7 +66,12 @@ def _few(rows: int, fmt: Int | Float, groups: int) -> bool:
 def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: jax.Array | None) -> Any:
     """The dtype in which a kernel reads the activation, None where there is no kernel."""
     rows, k = x.values.shape
-    if not isinstance(fmt, Int | Float) or fmt.bits not in (4, 8) or columns % COLUMNS or not fits(k, groups):
+    if (
+        not isinstance(fmt, Int | Float)
+        or fmt.bits not in (4, 8)
+        or columns % COLUMNS
+        or not fits(k, groups, SMALLEST_GROUP)
+    ):
         return None
     few = _few(rows, fmt, groups)
     if (groups > 1 and not few) or (isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT):
@@ -108,14 +115,7 @@ def quantized(quant: InputQuant, x: jax.Array, axes: tuple[int, ...]) -> Integer
 
 
 def packed_product(
-    x: Integers,
-    codes: jax.Array,
-    scale: jax.Array,
-    zero: jax.Array | None,
-    fmt: Int | Float,
-    sums: jax.Array | None,
-    *,
-    dtype: Any,
+    x: Integers, codes: jax.Array, grid: Grid, fmt: Int | Float, sums: jax.Array | None, *, dtype: Any
 ) -> jax.Array:
     """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by a kernel: y [M, N] of `dtype`.
 
@@ -125,65 +125,72 @@ def packed_product(
     Args:
       x: as there.
       codes: of the weights, packed: uint8 [K/2, N], or of 8 bits uint8 or int8 [K, N].
-      scale, zero: of the weight's grid, float32; [groups, N], or 1 for either.
+      grid: of the weight, float32 [groups, N], or 1 for either.
       fmt: of the codes.
       sums: of the weight's integers over each group, int32 [groups, N].
     """
-    (rows, k), groups, n = x.values.shape, scale.shape[0], codes.shape[1]
+    (rows, k), groups, n = x.values.shape, grid.scale.shape[0], codes.shape[1]
     read_as = _read_as(x, fmt, n, groups, sums)
     if read_as == jnp.int8:
         values = narrow(x.values, jnp.int8) if x.int8 is None else x.int8
     else:
         values = x.values.astype(jnp.bfloat16)
     codes = lax.bitcast_convert_type(codes, jnp.uint8)
-    scale = jnp.broadcast_to(scale, (groups, n))
-    zero = None if zero is None else jnp.broadcast_to(zero.astype(jnp.float32), (groups, n))
-    center = None if zero is None else 2 ** (fmt.bits - 1) - zero
+    zero = None if grid.zero is None else jnp.broadcast_to(grid.zero.astype(jnp.float32), (groups, n))
     total = None
     if x.center is not None:
         assert sums is not None
-        total = sums.astype(jnp.float32) + (0 if center is None else k // groups * center)
+        total = sums.astype(jnp.float32)
+        if zero is not None:
+            total = total + k // groups * (2 ** (fmt.bits - 1) - zero)
     product = _of_few if _few(rows, fmt, groups) else _of_many
-    return product(x, values, codes, scale, zero, fmt, total, dtype)
+    return product(replace(x, values=values), codes, grid, zero, fmt, total, dtype)
 
 
 def _of_few(
-    x: Integers, values: jax.Array, codes: jax.Array, scale: jax.Array, zero: Any, fmt: Any, total: Any, dtype: Any
+    x: Integers, codes: jax.Array, grid: Grid, zero: jax.Array | None, fmt: Any, total: jax.Array | None, dtype: Any
 ) -> jax.Array:
     """By `hopper_matmul`; `total` are the sums of the weight, less its zero points, [groups, N]."""
     from jaxq.kernels.hopper_matmul import hopper_matmul  # not above: not every jaxlib comes with Mosaic GPU
 
-    whole = x.scale is None and x.center is None
-    y = hopper_matmul(values, codes, scale, fmt, zero=zero, dtype=dtype if whole else jnp.float32)
-    if x.center is not None:
-        y = y + x.center * (total * scale).sum(0, keepdims=True)
-    return (y if x.scale is None else y * x.scale).astype(dtype)
+    outer = grid.outer is not None and grid.outer.size == 1
+    factors = [a.reshape(1, 1) for a in (x.scale, grid.outer if outer else None) if a is not None and a.size == 1]
+    scale = jnp.broadcast_to(grid.scale if outer else grid.factor, (grid.scale.shape[0], codes.shape[1]))
+    by = prod(factors[1:], start=factors[0]) if factors else None
+    rows = None if x.scale is None or x.scale.size == 1 else x.scale
+    whole = rows is None and x.center is None
+    y = hopper_matmul(x.values, codes, scale, fmt, zero=zero, factor=by, dtype=dtype if whole else jnp.float32)
+    if x.center is not None and total is not None:
+        correction = (total * scale).sum(0, keepdims=True)
+        y = y + x.center * (correction if by is None else correction * by)
+    return (y if rows is None else y * rows).astype(dtype)
 
 
 def _of_many(
-    x: Integers, values: jax.Array, codes: jax.Array, scale: jax.Array, zero: Any, fmt: Any, total: Any, dtype: Any
+    x: Integers, codes: jax.Array, grid: Grid, zero: jax.Array | None, fmt: Any, total: jax.Array | None, dtype: Any
 ) -> jax.Array:
     """By `hopper_many`, which writes the result as it is."""
     from jaxq.kernels.hopper_many import hopper_many
 
-    rows, row, scale = values.shape[0], x.scale, scale[0]
-    if row is not None and row.shape[0] == 1:
-        row, scale = None, scale * row[0]
+    scale, row = grid.factor, x.scale
+    if row is not None and row.size == 1:
+        scale, row = scale * row.reshape(1, 1), None
+    scale = jnp.broadcast_to(scale, (1, codes.shape[1]))
     left, right = [], []
-    if x.center is not None:
-        left, right = [jnp.broadcast_to(x.center, (rows, 1))[:, 0]], [total[0]]
-    if zero is not None and values.dtype == jnp.int8:
-        left.append(values.sum(1, dtype=jnp.int32).astype(jnp.float32))
-        right.append(2 ** (fmt.bits - 1) - zero[0])
+    if x.center is not None and total is not None:
+        left, right = [jnp.broadcast_to(x.center, (x.values.shape[0], 1))], [total]
+    if zero is not None and x.values.dtype == jnp.int8:
+        left.append(x.values.sum(1, dtype=jnp.int32, keepdims=True).astype(jnp.float32))
+        right.append(2 ** (fmt.bits - 1) - zero)
         zero = None
     return hopper_many(
-        values,
+        x.values,
         codes,
-        scale,
+        scale[0],
         fmt,
         zero=None if zero is None else zero[0],
         row=None if row is None else row[:, 0],
-        left=jnp.stack(left) if left else None,
-        right=jnp.stack(right) if right else None,
+        left=jnp.concatenate(left, 1).T if left else None,
+        right=jnp.concatenate(right) if right else None,
         dtype=dtype,
     )

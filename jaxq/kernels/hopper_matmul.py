@@ -2,8 +2,8 @@
 
     y[m, n] = sum_g scale[g, n] * sum_{k in g} x[m, k] c[k, n]
 
-with c what the weight's codes stand for, less the zero point, and groups g of 128 channels, or more, or all. For few
-rows of x: what counts is how fast the weight is read.
+with c what the weight's codes stand for, less the zero point, and groups g of 16, 32, 64 or a multiple of 128 channels,
+or all. For few rows of x: what counts is how fast the weight is read.
 
 The weight is the left operand of the tensor cores, transposed: codes come from device memory through shared memory to
 registers, where they are expanded and multiplied; nothing of the size of the weight is written anywhere, and few rows
@@ -16,7 +16,7 @@ H100 and an H200 (`experiments/RESULTS.md` has the times). Without a GPU the ker
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ MULTIPROCESSORS = 132
 RESIDENT = 4  # blocks of a multiprocessor at most
 CLUSTER = 8  # blocks that share a column's sum at most, which is what every Hopper schedules together
 STEP = 128  # rows of packed bytes
+SMALLEST_GROUP = 16
 NO_INDEX = (None,) if jax.__version_info__ < (0, 11) else ()  # of `plgpu.load`, which JAX 0.10 must be told
 
 
@@ -48,6 +49,7 @@ def hopper_matmul(
     fmt: Int | Float,
     *,
     zero: jax.Array | None = None,
+    factor: jax.Array | None = None,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
     """The product above as one kernel. `plain_hopper_matmul` is its meaning, but for the order of summation.
@@ -59,6 +61,7 @@ def hopper_matmul(
         fmt: of the codes, one that `jaxq.kernels.expansion` has.
         zero: of an asymmetric integer, [G, N] float32, whole numbers up to 256: the codes that stand for 0. None is 8
             or 128.
+        factor: what the result is multiplied by, [1, 1] float32.
         dtype: of the result.
 
     Returns:
@@ -69,19 +72,20 @@ def hopper_matmul(
     """
     (m, k), n, groups = x.shape, w.shape[1], scale.shape[0]
     expansions(fmt)
-    if 8 * w.shape[0] != k * fmt.bits or scale.shape[1] != n or not fits(k, groups) or n % COLUMNS:
+    if 8 * w.shape[0] != k * fmt.bits or scale.shape[1] != n or not fits(k, groups, SMALLEST_GROUP) or n % COLUMNS:
         raise ValueError(
             f"x {x.shape}, packed weights {w.shape} of {fmt}, scales {scale.shape}: the kernel takes x [M, K], weights "
-            "[K * bits / 8, N] and scales [G, N], K in blocks of 256, groups in multiples of 128 and N in multiples of "
-            "128"
+            "[K * bits / 8, N] and scales [G, N], K in blocks of 256, groups of 16, 32, 64 or a multiple of 128, and N "
+            "in multiples of 128"
         )
     rows, splits, warpgroups = tiles(m, w.shape[0], n)
     if m > 8:  # fewer come as they are: what is missing from one tile of 8 rows is not read
         x = jnp.pad(x, ((0, -m % rows), (0, 0)))
     codes, parts = 8 // fmt.bits, splits * warpgroups
     steps = -(-w.shape[0] // STEP // parts)
-    numbers = codes * (1 + (zero is not None)) if groups > 1 else 0  # rows of scales and zero points in a step
-    step_bytes = STEP * COLUMNS + 2 * rows * codes * STEP + 4 * numbers * COLUMNS
+    numbers = codes * (1 + (zero is not None)) if groups > 1 else 0  # copies of scales and zero points in a step
+    each = max(1, STEP * groups // k)
+    step_bytes = STEP * COLUMNS + 2 * rows * codes * STEP + 4 * numbers * each * COLUMNS
     resident = min(RESIDENT, -(-(-(-m // rows) * (n // COLUMNS) * splits) // MULTIPROCESSORS))
     shared = SHARED // resident - 4 * (parts - 1) * rows * COLUMNS
     slots = max(1, min(shared // step_bytes // warpgroups, steps))
@@ -92,7 +96,7 @@ def hopper_matmul(
         "filled": plgpu.Barrier(num_arrivals=2 + numbers, num_barriers=every),
     }
     if numbers:
-        scratch["number_slots"] = plgpu.SMEM((every, numbers, COLUMNS), jnp.float32)
+        scratch["number_slots"] = plgpu.SMEM((every, numbers, each, COLUMNS), jnp.float32)
     if parts > 1:
         scratch["sums"] = plgpu.SMEM((parts - 1, COLUMNS, rows), jnp.float32, transforms=_rows_of(4 * rows))
         scratch["arrived"] = plgpu.Barrier(num_arrivals=parts - 1)
@@ -107,18 +111,18 @@ def hopper_matmul(
         thread_name="warpgroup",
         kernel_name="jaxq_hopper_matmul",
         scratch_types=scratch,
-    )(x, w, scale, *([] if zero is None else [zero]))
+    )(x, w, scale, zero, factor)
 
 
 def tiles(m: int, depth: int, n: int) -> tuple[int, int, int]:
     """How many rows of x a block multiplies, and by how many blocks of a cluster and how many warpgroups of each K is
-    divided, for weights of `depth` bytes a column: about a block for each multiprocessor, and two or four warpgroups.
-    """
+    divided, for weights of `depth` bytes a column: about a block for each multiprocessor, and two or four warpgroups,
+    whose sums have room in shared memory."""
     rows, steps = 8 if m <= 8 else 16, depth // STEP
     blocks, splits, warpgroups = -(-m // rows) * (n // COLUMNS), 1, 1
     while splits < CLUSTER and 8 * blocks * splits < 7 * MULTIPROCESSORS and 2 * splits <= steps:
         splits *= 2
-    while warpgroups < 4 and blocks * splits * warpgroups < 2 * MULTIPROCESSORS and 2 * splits * warpgroups <= steps:
+    while blocks * splits * warpgroups < 2 * MULTIPROCESSORS and 2 * splits * warpgroups <= min(steps, 128 // rows):
         warpgroups *= 2
     return rows, splits, warpgroups
 
@@ -127,7 +131,10 @@ def _kernel(
     x: Any,
     w: Any,
     scale: Any,
-    *rest: Any,
+    zero: Any,
+    factor: Any,
+    out: Any,
+    *,
     fmt: Int | Float,
     rows: int,
     parts: int,
@@ -144,30 +151,27 @@ def _kernel(
     made, groups = expansions(fmt), scale.shape[0]
     codes = len(made)  # in a byte
     size, deep = x.shape[1] // groups, codes * STEP  # channels of a group, of a step
-    *zeros, out = rest
+    zeros, whole = [] if zero is None else [zero], 1 if factor is None else factor[0, 0]
     i, j, split, warpgroup = (lax.axis_index(name) for name in ("m", "n", "split", "warpgroup"))
     part, first_slot = split * warpgroups + warpgroup, warpgroup * slots
     columns = pl.ds(j * COLUMNS, COLUMNS)
-    given = [(a, code) for a in (scale, *zeros) for code in range(codes)]  # whose numbers come with a step
+    each = max(1, STEP // size)  # groups among the channels of a step that have their code in the same place of a byte
 
     def each_column(here: Any) -> jax.Array:
         """Numbers of this warpgroup's columns."""
         return registers.columns(plgpu.load(here, *NO_INDEX, layout=registers.BYTES.reduce(0), optimized=False))
-
-    def scaled(sums: jax.Array, factor: jax.Array) -> jax.Array:
-        return sums * plgpu.layout_cast(lax.broadcast_in_dim(factor, sums.shape, (0,)), registers.FRAGMENTS)
 
     def fill(step: Any, slot: Any) -> None:
         """Starts the copies of a step. What is behind the end of K is 0."""
         at, full = part * steps + step, filled.at[slot]
         plgpu.copy_gmem_to_smem(w.at[pl.ds(at * STEP, STEP), columns], w_slots.at[slot], full)
         plgpu.copy_gmem_to_smem(x.at[pl.ds(i * rows, rows), pl.ds(at * deep, deep)], x_slots.at[slot], full)
-        for number, (a, code) in enumerate(given if groups > 1 else []):
-            group = (at * deep + code * STEP) // size
-            plgpu.copy_gmem_to_smem(a.at[group, columns], number_slots.at[slot, number], full)
+        for number, (a, code) in enumerate(itertools.product((scale, *zeros), range(codes)) if groups > 1 else ()):
+            first = (at * deep + code * STEP) // size
+            plgpu.copy_gmem_to_smem(a.at[pl.ds(first, each), columns], number_slots.at[slot, number], full)
 
-    def over_steps(body: Any, carry: Any) -> Any:
-        """A slot is filled again as soon as its numbers are in registers, before they are worked on."""
+    def over_steps(body: Any, count: int) -> list[jax.Array]:
+        """So many sums. A slot is filled again as soon as its numbers are in registers, before they are worked on."""
         for step in range(slots):
             fill(step, first_slot + step)
 
@@ -181,7 +185,8 @@ def _kernel(
             for at in range(0, deep, DEPTH):
                 channels = x_slots.at[slot, :, at : at + DEPTH]
                 right.append(plgpu.load(channels, *NO_INDEX, layout=registers.X, optimized=False))
-            numbers = [each_column(number_slots.at[slot, n]) for n in range(len(given) if groups > 1 else 0)]
+            shape = number_slots.shape[1:3] if groups > 1 else (0, 0)
+            numbers = [[each_column(number_slots.at[slot, n, g]) for g in range(shape[1])] for n in range(shape[0])]
 
             @pl.when(step + slots < steps)
             def _() -> None:
@@ -189,46 +194,44 @@ def _kernel(
 
             return body(packed, right, numbers, carry)
 
-        return lax.fori_loop(0, steps, one, carry)
+        nothing = plgpu.layout_cast(jnp.zeros((COLUMNS, rows), jnp.float32), registers.FRAGMENTS)
+        return lax.fori_loop(0, steps, one, [nothing] * count)
 
-    def multiply(
-        packed: list[jax.Array], right: list[jax.Array], zeros: Sequence[Any], sums: list[jax.Array]
-    ) -> list[jax.Array]:
-        """The sums of each code of the bytes, with a step's products added."""
+    def multiply(packed: list[jax.Array], right: list[jax.Array], numbers: list, sums: list[jax.Array]) -> list:
+        """The sums of each code of the bytes, with a step's products added.
+
+        Args:
+            numbers: for each code the scales of its groups, if they are to be multiplied by; then the zero points.
+        """
         found = [*sums]
         for run, words in enumerate(packed):
             words = made[0].flipped(words)
+            here = [of[run * len(of) // 2 : (run + 1) * len(of) // 2] if len(of) > 1 else of for of in numbers]
             for code, e in enumerate(made):
                 bits = registers.fragments(e.bits(words, 0), e.bits(words, 1))
                 if e.less:
-                    taken = jnp.full((COLUMNS,), e.less) if not zeros else zeros[code] * jnp.float32(e.unit)
-                    numbers = registers.less(bits, e.factor, plgpu.layout_cast(taken, registers.ROWS))
+                    zeros = here[codes + code] if here[codes:] else [jnp.full((COLUMNS,), jnp.float32(e.middle))]
+                    taken = [plgpu.layout_cast(zero * jnp.float32(e.unit), registers.ROWS) for zero in zeros]
+                    left = registers.less(bits, e.factor, taken)
                 else:
-                    numbers = bits * jnp.bfloat16(e.factor)
-                found[code] = registers.multiplied(found[code], numbers, right[code * len(packed) + run])
+                    left = bits * jnp.bfloat16(e.factor)
+                found[code] = registers.multiplied(found[code], left, right[code * len(packed) + run], here[code])
         return found
 
     def channelwise() -> tuple[jax.Array, jax.Array]:
-        factor, *taken = (each_column(a.at[0, columns]) for a in (scale, *zeros))
-
-        def body(packed: Any, right: Any, _: Any, sums: list[jax.Array]) -> list[jax.Array]:
-            return multiply(packed, right, taken * codes, sums)
-
-        first, *others = over_steps(body, [nothing] * codes)
-        return (first + others[0] if others else first), factor
+        scales, *taken = (each_column(a.at[0, columns]) for a in (scale, *zeros))
+        numbers = [*[[]] * codes, *[[zero] for zero in taken] * codes]
+        first, *others = over_steps(lambda packed, right, _, sums: multiply(packed, right, numbers, sums), codes)
+        return (first + others[0] if others else first), scales
 
     def by_groups() -> jax.Array:
-        def body(packed: Any, right: Any, numbers: list[jax.Array], total: jax.Array) -> jax.Array:
-            for found, factor in zip(multiply(packed, right, numbers[codes:], [nothing] * codes), numbers):
-                total = total + scaled(found, factor)
-            return total
+        first, *others = over_steps(multiply, codes)
+        return first + others[0] if others else first
 
-        return over_steps(body, nothing)
-
-    def finish(total: jax.Array, factor: jax.Array | None) -> None:
+    def finish(total: jax.Array, scales: jax.Array | None) -> None:
         """The sum of all parts of K, which the first warpgroup of a cluster adds, always in the same order."""
         if parts == 1:
-            return store(total, factor)
+            return store(total, scales)
 
         @pl.when(part > 0)
         def _() -> None:
@@ -239,18 +242,18 @@ def _kernel(
         @pl.when(part == 0)
         def _() -> None:
             plgpu.barrier_wait(arrived)
-            whole = total
+            added = total
             for other in range(parts - 1):
-                whole = whole + plgpu.load(sums.at[other], *NO_INDEX, layout=registers.FRAGMENTS, optimized=False)
-            store(whole, factor)
+                added = added + plgpu.load(sums.at[other], *NO_INDEX, layout=registers.FRAGMENTS, optimized=False)
+            store(added, scales)
 
-    def store(total: jax.Array, factor: jax.Array | None) -> None:
-        total = total * jnp.float32(1 / made[0].unit)
-        total = total if factor is None else scaled(total, factor)
+    def store(total: jax.Array, scales: jax.Array | None) -> None:
+        total = total * (jnp.float32(1 / made[0].unit) * whole)
+        if scales is not None:
+            total = total * plgpu.layout_cast(lax.broadcast_in_dim(scales, total.shape, (0,)), registers.FRAGMENTS)
         here = out.at[pl.ds(i * rows, rows), columns]
         registers.store_rows(here, registers.result(total).astype(out.dtype), out.shape[0] - i * rows)
 
-    nothing = plgpu.layout_cast(jnp.zeros((COLUMNS, rows), jnp.float32), registers.FRAGMENTS)
     finish(*channelwise()) if groups == 1 else finish(by_groups(), None)
 
 
@@ -266,6 +269,7 @@ def plain_hopper_matmul(
     fmt: Int | Float,
     *,
     zero: jax.Array | None = None,
+    factor: jax.Array | None = None,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
     """What `hopper_matmul` means, in plain jnp, for any K and N and any size of groups that divides K."""
@@ -273,4 +277,5 @@ def plain_hopper_matmul(
     if zero is not None:
         values = values + (2 ** (fmt.bits - 1) - zero[:, None, :])
     a = x.astype(jnp.float32).reshape(x.shape[0], scale.shape[0], -1)
-    return jnp.einsum("mgk,gkn,gn->mn", a, values, scale, precision="highest").astype(dtype)
+    y = jnp.einsum("mgk,gkn,gn->mn", a, values, scale, precision="highest")
+    return (y if factor is None else y * factor).astype(dtype)

@@ -20,7 +20,7 @@ The functions move registers and compute nothing, but for `less` and `multiplied
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, math, vector
 
 from jaxq.kernels.gpu import COLUMNS
 
@@ -102,50 +102,68 @@ def columns(numbers: jax.Array) -> jax.Array:
     return moved(move, [numbers], BYTES.reduce(0), (COLUMNS,), jnp.float32, ROWS)
 
 
-def less(numbers: jax.Array, factor: float, taken: jax.Array) -> jax.Array:
+def less(numbers: jax.Array, factor: float, taken: Sequence[jax.Array]) -> jax.Array:
     """`numbers * factor - taken` in one operation, bfloat16 [128, 64]; taken off each row is float32 [128], of numbers
-    that bfloat16 holds.
+    that bfloat16 holds, or as many of these as the 64 channels have groups.
 
     XLA's and LLVM's own products and differences stay two.
     """
 
-    def move(numbers: np.ndarray, less: np.ndarray) -> np.ndarray:
+    def move(numbers: np.ndarray, *less: np.ndarray) -> np.ndarray:
         word, half = ir.IntegerType.get_signless(32), ir.BF16Type.get()
         by = utils.c(int(np.float32(factor).view(np.uint32) >> 16) * 0x10001, word)
-        found, less = numbers.reshape(2, DEPTH // 8, 2).copy(), less.reshape(2, 2)  # [a, g, b], [a, b]
-        for a, b in np.ndindex(less.shape):
-            both = _asm("cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", _element(less[a, b], 0))
-            for g in range(DEPTH // 8):
+        found = numbers.reshape(2, DEPTH // 8, 2).copy()  # [a, g, b]
+        for group, a, b in np.ndindex(len(less), 2, 2):
+            one = _element(less[group].reshape(2, 2)[a, b], 0)
+            both = _asm("cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", one)
+            for g in _part(DEPTH // 8, group, len(less)):
                 given = utils.bitcast(found[a, g, b], word)
                 found[a, g, b] = as_vector(_asm("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", given, by, both), half, 2)
         return found
 
-    return moved(move, [numbers, -taken], (FRAGMENTS, ROWS), (COLUMNS, DEPTH), jnp.bfloat16, FRAGMENTS)
+    layouts = FRAGMENTS, *(ROWS,) * len(taken)
+    return moved(move, [numbers, *(-a for a in taken)], layouts, (COLUMNS, DEPTH), jnp.bfloat16, FRAGMENTS)
 
 
-def multiplied(sums: jax.Array, numbers: jax.Array, x: jax.Array) -> jax.Array:
+def multiplied(sums: jax.Array, numbers: jax.Array, x: jax.Array, factors: Sequence[jax.Array] = ()) -> jax.Array:
     """`sums + numbers x^T`: float32 [128, rows] of fragments, bfloat16 [128, 64] and x bfloat16 [rows, 64].
+
+    With factors, float32 [128] for each of as many groups of the 64 channels, those of a group are added times these.
 
     By the instructions of a warp, which multiply 16 columns with 8 rows. Those of a warpgroup seem to take as long for
     8 rows as for many more, and limited the speed at which weights are read.
     """
     rows = sums.shape[1]
 
-    def move(sums: np.ndarray, numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
+    def move(sums: np.ndarray, numbers: np.ndarray, x: np.ndarray, *factors: np.ndarray) -> np.ndarray:
         found, numbers, x = (a.reshape(shape) for a, shape in zip((sums, numbers, x), shapes))
         found = found.copy()
-        for j, a, r in np.ndindex(DEPTH // 16, 2, rows // 8):
-            four = [_element(found[a, r, b], h) for b in (0, 1) for h in (0, 1)]
-            left = [numbers[a, 2 * j + high, b] for high in (0, 1) for b in (0, 1)]
-            found[a, r, 0], found[a, r, 1] = _multiply_add(four, left, [x[r, 2 * j], x[r, 2 * j + 1]])
+        for group, a, r in np.ndindex(max(len(factors), 1), 2, rows // 8):
+            held = [_element(found[a, r, b], h) for b in (0, 1) for h in (0, 1)]
+            four = [utils.c(0.0, ir.F32Type.get())] * 4 if factors else held
+            for j in _part(DEPTH // 16, group, max(len(factors), 1)):
+                left = [numbers[a, 2 * j + high, b] for high in (0, 1) for b in (0, 1)]
+                four = _multiply_add(four, left, [x[r, 2 * j], x[r, 2 * j + 1]])
+            if factors:
+                by = [_element(factors[group].reshape(2, 2)[a, b], 0) for b in (0, 1)]
+                four = [math.fma(part, by[i // 2], held[i]) for i, part in enumerate(four)]
+            for b in (0, 1):
+                pair = ir.VectorType.get((2,), ir.F32Type.get())
+                found[a, r, b] = vector.from_elements(pair, four[2 * b : 2 * b + 2])
         return found
 
     shapes = (2, rows // 8, 2), (2, DEPTH // 8, 2), (rows // 8, DEPTH // 8)
-    return moved(move, [sums, numbers, x], (FRAGMENTS, FRAGMENTS, X), (COLUMNS, rows), jnp.float32, FRAGMENTS)
+    layouts = FRAGMENTS, FRAGMENTS, X, *(ROWS,) * len(factors)
+    return moved(move, [sums, numbers, x, *factors], layouts, (COLUMNS, rows), jnp.float32, FRAGMENTS)
+
+
+def _part(length: int, part: int, parts: int) -> range:
+    """The indices of one of equal parts."""
+    return range(length * part // parts, length * (part + 1) // parts)
 
 
 def _multiply_add(four: list, left: list, right: list) -> list:
-    """One matrix instruction of a warp: two vectors of two sums each."""
+    """One matrix instruction of a warp: four sums."""
     word, number = ir.IntegerType.get_signless(32), ir.F32Type.get()
     given = [*(utils.bitcast(a, word) for a in (*left, *right)), *four]
     text = (
@@ -153,8 +171,7 @@ def _multiply_add(four: list, left: list, right: list) -> list:
     )
     constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
     found: Any = llvm.inline_asm(llvm.StructType.get_literal([number] * 4), given, text, constraints)
-    made = [llvm.extractvalue(number, found, [i]) for i in range(4)]
-    return [vector.from_elements(ir.VectorType.get((2,), number), made[i : i + 2]) for i in (0, 2)]
+    return [llvm.extractvalue(number, found, [i]) for i in range(4)]
 
 
 def store_rows(out: Any, y: jax.Array, count: Any) -> None:

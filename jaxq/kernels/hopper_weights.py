@@ -83,7 +83,7 @@ def _expanded(fmt: Int | Float, part: Any, column: Any, zeros: jax.Array | None)
             bits = registers.fragments(e.bits(words, 0), e.bits(words, 1))
             if e.less:
                 taken = plgpu.layout_cast(jnp.full((COLUMNS,), e.less), registers.ROWS) if zeros is None else zeros
-                yield registers.less(bits, e.factor, taken)
+                yield registers.less(bits, e.factor, [taken])
             else:
                 yield bits * jnp.bfloat16(e.factor)
 

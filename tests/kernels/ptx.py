@@ -170,9 +170,8 @@ class Warpgroup:
         elif re.match(r"cp\.async\.bulk\.tensor\.[234]d\.global", name):
             self.store(ops, active)
         elif parts[0] == "mapa":
-            self.values[ops[0]] = self.get(ops[1], np.uint64) + np.uint64(PEER) * (
-                self.get(ops[2], np.uint64) + np.uint64(1)
-            )
+            rank = self.get(ops[2], np.uint32).astype(np.uint64)
+            self.values[ops[0]] = self.get(ops[1], np.uint64) + np.uint64(PEER) * (rank + np.uint64(1))
         elif name.startswith("st.async"):
             self.move(parts, ops[:2], active)
             block, at = self.block.of(self.address(ops[2]))

@@ -48,17 +48,19 @@ class Tiled:
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix in device memory as a tensor map shows it, `length` numbers of a row a copy."""
+    """A matrix in device memory as a tensor map shows it, `length` numbers of `count` rows a copy."""
 
     matrix: np.ndarray
     length: int
+    count: int = 1
 
     def copy(self, at: list[int]) -> np.ndarray:
         """The bytes of the numbers at a row and column. What is out of bounds is 0."""
         row, column = at
-        found = self.matrix[row : row + 1, column : column + self.length]
-        missing = (0, 1 - found.shape[0]), (0, self.length - found.shape[1])
-        return np.pad(found, missing).view(np.uint8)
+        box = np.zeros((self.count, self.length), self.matrix.dtype)
+        found = self.matrix[row : row + self.count, column : column + self.length]
+        box[: found.shape[0], : found.shape[1]] = found
+        return box.view(np.uint8)
 
 
 @dataclass

@@ -178,11 +178,11 @@ def test_what_the_kernel_is_given_means_the_product(weights, activations, monkey
     """Scales, units and zero points. On a Hopper the kernel itself, elsewhere its meaning in its place."""
     tree = quantized(weights, activations)
     leaf, (quant,) = jaxq.pack(tree).params["w"], tree.inputs.values() or (None,)
-    x, grid = read_input(quant, ROWS, (1,)), leaf.grid
+    x = read_input(quant, ROWS, (1,))
     assert gpu.has_kernel(x, leaf.split, 256, 1, leaf.sums)
     if not gpu.target():
         monkeypatch.setattr(many, "hopper_many", many.plain_hopper_many)
-    found = gpu.packed_product(x, leaf.planes[0], grid.factor, grid.zero, leaf.split, leaf.sums, dtype=jnp.float32)
+    found = gpu.packed_product(x, leaf.planes[0], leaf.grid, leaf.split, leaf.sums, dtype=jnp.float32)
     a = np.asarray(x.centered, np.float64) * (1 if x.scale is None else np.asarray(x.scale))
     wanted = a @ np.asarray(replace(leaf, dtype=jnp.float32).dequantize(), float)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
