@@ -57,7 +57,7 @@ def row(name: str, rows: int, k: int, n: int, dump: Path, vectors: bool) -> dict
     expanding = sum(bool(re.match(r"(?:LOP3|SHF|PRMT|IMAD|HMUL2|HFMA2)\b", text)) for text in loop)
     return {
         "kernel": name, "rows": rows, "K": k, "N": n,
-        "tile": hopper_many.tiles(rows, shapes["w"][0][0] // made.depth, n, dtype),
+        "tile": hopper_many.tiles(rows, shapes["w"][0][0], n, made),
         "temporary": memory.temp_size_in_bytes, "weight": 2 * k * n,
         "wgmma": ptx.count("wgmma.mma_async"), "gmma": len(re.findall(r"\s[HI]GMMA\.", sass)),
         "registers": 1 + max(map(int, re.findall(r"\bR(\d+)\b", sass))),

@@ -100,15 +100,15 @@ def hopper_many(
             f"x {x.shape}, packed weights {w.shape} of {fmt}, scales {scale.shape}: the kernel takes x [M, K], weights "
             "[K * bits / 8, N] and scales [N], K in blocks of 256 and N in multiples of 128"
         )
-    rows, splits = tiles(m, w.shape[0] // made.depth, n, x.dtype)
+    rows, splits = tiles(m, w.shape[0], n, made)
     shape = Shape(m, n, rows, splits, -(-w.shape[0] // made.depth // splits))
 
     def of_rows(vectors: jax.Array | None) -> jax.Array | None:
         return None if vectors is None else jnp.pad(vectors, ((0, 0), (0, shape.down * rows - m)))
 
-    bias = -made.bias * x.sum(1, dtype=jnp.int32)[None] if made.bias else None
+    summed = x.sum(1, dtype=jnp.int32)[None] if made.bias else None
     of = {"scale": scale[None], "zero": None if zero is None else zero[None], "right": right}
-    of |= {"row": of_rows(None if row is None else row[None]), "left": of_rows(left), "bias": of_rows(bias)}
+    of |= {"row": of_rows(None if row is None else row[None]), "left": of_rows(left), "sums": of_rows(summed)}
     of = {name: vectors for name, vectors in of.items() if vectors is not None}
     y = plgpu.kernel(
         partial(_kernel, names=tuple(of), made=made, codes=8 // fmt.bits, shape=shape),
@@ -122,17 +122,18 @@ def hopper_many(
     return y[0] if splits == 1 else y.sum(0).astype(dtype)
 
 
-def tiles(m: int, steps: int, n: int, dtype: Any) -> tuple[int, int]:
-    """How many rows of x a block multiplies at a time, and into how many parts K of so many steps is cut: what should
-    take the fewest cycles, estimated."""
+def tiles(m: int, depth: int, n: int, made: Weights) -> tuple[int, int]:
+    """How many rows of x a block multiplies at a time, and into how many parts K is cut, for weights of `depth` bytes a
+    column: what should take the fewest cycles. That of a tile's end, and of adding up parts, are as measured, too."""
+    steps, (step, row) = depth // made.depth, made.cycles
 
     def cycles(choice: tuple[int, int]) -> float:
         rows, splits = choice
         rounds = -(-(-(-m // rows) * -(-n // WIDTH) * splits) // PROCESSORS)
-        work = rounds * (-(-steps // splits) * max(16 * rows, 8 * rows + 500) + 4000)
-        return work + (m * n * splits / 400 + 3000 if splits > 1 else 0)
+        work = rounds * (-(-steps // splits) * (step + row * rows) + 3000)
+        return work + (m * n * splits / 540 + 2000 if splits > 1 else 0)
 
-    each = 16 if dtype == jnp.int8 else 8  # the tensor cores take int8 with so many rows, or 8, or 24
+    each = 16 if made.sums == jnp.int32 else 8  # what the tensor cores take
     rows, splits = min(product(range(each, MOST_ROWS + 1, each), range(1, min(8, steps // 2) + 1)), key=cycles)
     return rows, -(-steps // -(-steps // splits))
 
@@ -222,8 +223,8 @@ def _finished(sums: jax.Array, of: dict[str, Any], made: Weights, split: Any, ro
         found = plgpu.load(ref, *NO_INDEX, layout=registers.BYTES.reduce(1 - axis), optimized=False)
         return plgpu.layout_cast(lax.broadcast_in_dim(found, sums.shape, (axis,)), registers.BYTES)
 
-    if "bias" in of:
-        sums = sums + vector("bias", 0, 0) * (split == 0).astype(jnp.int32)
+    if "sums" in of:  # of x, which the bias was multiplied with
+        sums = sums - vector("sums", 0, 0) * jnp.where(split == 0, jnp.int32(made.bias), jnp.int32(0))
     y = sums.astype(jnp.float32) * jnp.float32(1 / made.unit)
     if "left" in of:
         for i in range(of["left"].shape[0]):

@@ -1,11 +1,15 @@
 """Packed weights as left operands of a Hopper GPU's tensor cores, for products in bfloat16 or in int8.
 
-| product  | codes                      | what is multiplied                              | bytes a step |
-|----------|----------------------------|-------------------------------------------------|--------------|
-| bfloat16 | all of `expansion`         | value * unit                                    | 64, of 8 bits 128 |
-| int8     | int8                       | value                                           | 128          |
-|          | int4, uint4                | value * 16: the nibble in the byte's high half  |              |
-|          | E2M1, E1M2                 | value in units of its smallest step, plus bias  |              |
+| product  | codes            | what is multiplied                             | bytes a step | cycles: a step, a row |
+|----------|------------------|------------------------------------------------|--------------|-----------------------|
+| bfloat16 | int4, uint4      | value * unit: see `expansion`                  | 64           | 560, 12               |
+|          | floats of 4 bits |                                                | 64           | 650, 12               |
+|          | of 8 bits        |                                                | 128          | 850, 11.5             |
+| int8     | int8             | value                                          | 128          | 300, 8.5              |
+|          | int4, uint4      | value * 16: the nibble in the byte's high half | 128          | 600, 12               |
+|          | E2M1, E1M2       | value in units of its smallest step, plus bias | 128          | 1700, 10              |
+
+The cycles are fitted to times on an H200, of 4096 x 11008 and 32 to 8192 rows.
 
 A warpgroup takes 128 columns of a step's bytes from shared memory. A float's code is looked up, which byte permutation
 does in eight bytes; there is no room for both signs, but there is for what a negative number is and for by how much a
@@ -48,12 +52,14 @@ class Weights:
             for each `wide` rows; made one after the other. The zeros are what is taken off expanded codes, times the
             unit: float32 [128], or None.
         sums: the dtype that they are added up in.
+        cycles: that a step takes, and each row of x in it.
     """
 
     depth: int
     wide: int
     fragments: Callable[[Any, Any, jax.Array | None], Iterator[jax.Array]]
     sums: Any
+    cycles: tuple[float, float]
     unit: float = 1.0
     bias: int = 0
 
@@ -65,12 +71,17 @@ def weights(fmt: Int | Float, dtype: Any) -> Weights:
         ValueError: the format is not among the dtype's in the table above.
     """
     if dtype == jnp.bfloat16:
-        return Weights(DEPTH * fmt.bits // 4, DEPTH, partial(_expanded, fmt), jnp.float32, expansions(fmt)[0].unit)
-    if isinstance(fmt, Int) and fmt.bits in (4, 8):
-        return Weights(2 * DEPTH, 2 * DEPTH, partial(_moved, fmt), jnp.int32, 16.0 if fmt.bits == 4 else 1.0)
+        cycles = (850, 11.5) if fmt.bits == 8 else (560, 12) if isinstance(fmt, Int) else (650, 12)
+        depth = DEPTH * fmt.bits // 4
+        return Weights(depth, DEPTH, partial(_expanded, fmt), jnp.float32, cycles, expansions(fmt)[0].unit)
+    deep = 2 * DEPTH
+    if isinstance(fmt, Int) and fmt.bits == 8:
+        return Weights(deep, deep, partial(_moved, fmt), jnp.int32, (300, 8.5))
+    if isinstance(fmt, Int) and fmt.bits == 4:
+        return Weights(deep, deep, partial(_moved, fmt), jnp.int32, (600, 12), 16.0)
     if fmt in MAGNITUDES:
         unit, bias = 2.0 ** (fmt.bias - 1 + fmt.mantissa_bits), largest_integer(fmt)
-        return Weights(2 * DEPTH, 2 * DEPTH, partial(_found, fmt), jnp.int32, unit, bias)
+        return Weights(deep, deep, partial(_found, fmt), jnp.int32, (1700, 10), unit, bias)
     raise ValueError(f"{fmt} is not multiplied in int8: integers of 4 and 8 bits are, E2M1 and E1M2")
 
 

@@ -52,10 +52,17 @@ def test_the_plain_meaning_is_what_numpy_finds(fmt):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
 def test_tiles_are_what_the_tensor_cores_take(dtype):
-    for m, steps, n in [(17, 64, 4096), (128, 64, 11008), (2048, 32, 4096), (8192, 172, 4096), (100, 2, 128)]:
-        rows, splits = many.tiles(m, steps, n, jnp.dtype(dtype))
+    made = many.weights(Int(8), jnp.dtype(dtype))
+    for m, k, n in [(17, 4096, 4096), (128, 4096, 11008), (2048, 2048, 4096), (8192, 11008, 4096), (100, 256, 128)]:
+        (rows, splits), steps = many.tiles(m, k, n, made), k // made.depth
         assert rows % (8 if dtype == jnp.bfloat16 else 16) == 0 and rows <= many.MOST_ROWS
         assert 1 <= splits <= steps and -(-steps // splits) * (splits - 1) < steps, "no part of K is empty"
+
+
+def test_tiles_are_those_that_were_fastest():
+    made = many.weights(Int(4), jnp.dtype(jnp.bfloat16))
+    fastest = {32: (32, 3), 64: (64, 3), 128: (128, 3), 512: (88, 1), 2048: (120, 1), 8192: (128, 1)}  # on an H200
+    assert {m: many.tiles(m, 2048, 11008, made) for m in fastest} == fastest
 
 
 def test_misfits_name_what_was_found():
@@ -118,15 +125,15 @@ def test_the_compiled_kernel_run_in_numpy_is_exact(name, m, k, n, tile, others, 
     wanted = exact(fmt, x, codes, scale, zero)
     given = {"scale": scale} | ({} if zero is None or dtype == np.int8 else {"zero": zero})
     if made.bias:
-        given["bias"] = -made.bias * x.sum(1, dtype=np.int32)[None]
+        given["sums"] = x.sum(1, dtype=np.int32)[None]
     if others:
         given |= {**vectors(m, n)}
         wanted = finished(wanted, scale, given["row"], given["left"], given["right"])
         given["row"] = given["row"][None]
-    for vector in {"bias", "row", "left"} & given.keys():
+    for vector in {"sums", "row", "left"} & given.keys():
         given[vector] = np.pad(given[vector], ((0, 0), (0, down * rows - m)))
     out = np.full((splits, m, n), np.nan, ml_dtypes.bfloat16 if splits == 1 else np.float32)
-    used = ["zero", "bias", "left", "right", "row", "scale"]  # the order that the kernel first uses them in
+    used = ["zero", "sums", "left", "right", "row", "scale"]  # the order that the kernel first uses them in
     padded = np.pad(x, ((0, -m % 8), (0, 0)))
     maps: list = [
         ptx.Tiled(packed, (made.depth // 8, 2)),
