@@ -32,7 +32,7 @@ from tests.kernels.ptx_text import parsed
 TYPES = {
     f"{kind}{bits}": np.dtype(f"{'i' if kind == 's' else 'u'}{bits // 8}").type
     for kind in "usb"
-    for bits in (16, 32, 64)
+    for bits in (8, 16, 32, 64)
 }
 BINARY: dict[str, Callable] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "add": np.add}
 BINARY |= {"sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum}
@@ -197,7 +197,7 @@ class Warpgroup:
         elif name == "cvt.rn.f32.s32":
             self.values[ops[0]] = rounded(self.get(ops[1], np.int32).astype(float), "f32")
         elif parts[0] == "cvt":
-            self.values[ops[0]] = self.get(ops[1], TYPES[parts[2]]).astype(TYPES[parts[1]])
+            self.values[ops[0]] = self.get(ops[1], TYPES[parts[2]]).astype(TYPES[parts[2]]).astype(TYPES[parts[1]])
         elif parts[0] == "selp":
             self.values[ops[0]] = np.where(self.values[ops[3]], self.get(ops[1], kind), self.get(ops[2], kind))
         else:
