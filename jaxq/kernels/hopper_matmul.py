@@ -117,8 +117,8 @@ def hopper_matmul(
 
 def tiles(m: int, depth: int, n: int) -> tuple[int, int, int]:
     """How many rows of x a block multiplies, and by how many blocks of a cluster and how many warpgroups of each K is
-    divided, for weights of `depth` bytes a column: about a block for each multiprocessor, and as many warpgroups as have
-    room in its memory, up to four."""
+    divided, for weights of `depth` bytes a column: about a block for each multiprocessor, and up to four warpgroups, as
+    many as have room in its memory."""
     rows, steps = 8 if m <= 8 else 16, depth // STEP
     blocks, splits, warpgroups = -(-m // rows) * (n // COLUMNS), 1, 1
     while splits < CLUSTER and 8 * blocks * splits < 7 * MULTIPROCESSORS and 2 * splits <= steps:
