@@ -1,7 +1,23 @@
-"""What a Hopper GPU does in place of `jaxq.kernels.plain`: see `hopper_matmul` and `hopper_quantize` beside it."""
+"""What a Hopper GPU does in place of `jaxq.kernels.plain`: see `hopper_matmul`, `hopper_many` and `hopper_quantize`.
+
+Which products have a kernel, and which one:
+
+| rows            | scales      | weights            | activations               | kernel                    |
+|-----------------|-------------|--------------------|---------------------------|---------------------------|
+| up to `FEW`     | any         | 4 and 8 bits       | bfloat16                  | `hopper_matmul`           |
+|                 |             | 4 bits             | integers, in bfloat16     |                           |
+| up to `GROUPED` | of groups   | as above           | as above                  |                           |
+| more            | per channel | 4 bits             | bfloat16                  | `hopper_many`             |
+|                 |             | 8 bits             | bfloat16, up to `EIGHT`   |                           |
+|                 |             | `in_int8`          | integers of 8 bits        | `hopper_many`, in int8    |
+|                 |             | other 4-bit floats | integers, in bfloat16     | `hopper_many`             |
+
+Integers come in bfloat16 only where it holds them and float32 the sums, exactly.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -11,6 +27,7 @@ from jax import lax
 
 from jaxq.devices import device_kind
 from jaxq.formats import Float, Format, Int
+from jaxq.formats.integer import narrow
 from jaxq.kernels.expansion import WIDEST_EXPONENT
 from jaxq.kernels.layout import fits
 from jaxq.kernels.plain import Integers, largest_integer
@@ -18,7 +35,10 @@ from jaxq.qtensor import Grid, InputQuant, PerToken
 
 COLUMNS = 128  # of the weight, that a warpgroup multiplies at once
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
-MOST_ROWS = {4: 128, 8: 16}  # by the bits of a weight; with more, XLA multiplies (timed on an H100 at 16 and 128)
+FEW = 16  # rows
+GROUPED = {4: 64, 8: 16}  # rows, by the bits of a weight; with more, XLA multiplies
+# Rows of bfloat16; with more, XLA decodes weights of 8 bits faster and multiplies (about as fast on an H200 at 2048).
+EIGHT = 2048
 CHANNELS = 512, 32768  # of a row, that the kernel holds in registers, and the vectors for it in shared memory
 # An estimate: with fewer, quantizing is a small part of a product, and XLA may do it where it computes x.
 LEAST_ROWS = 256
@@ -33,9 +53,21 @@ def target(*operands: jax.Array) -> str | None:
 
 
 def has_kernel(x: Integers, fmt: Format | None, columns: int, groups: int, sums: jax.Array | None) -> bool:
-    """Whether `packed_product` multiplies [M, K] with `columns` columns of weights of a format in so many groups: for
-    few rows; of 4 or 8 bits with an activation in bfloat16 that is not quantized; of 4 bits with one that is, where
-    bfloat16 holds it and float32 the sums, exactly."""
+    """Whether `packed_product` multiplies [M, K] with `columns` columns of weights of a format in so many groups."""
+    return _read_as(x, fmt, columns, groups, sums) is not None
+
+
+def in_int8(fmt: Int | Float) -> bool:
+    """Whether there is a product in int8 with the codes of a format, of 4 or 8 bits."""
+    return isinstance(fmt, Int) or fmt in (Float(2, 1), Float(1, 2))
+
+
+def _few(rows: int, fmt: Int | Float, groups: int) -> bool:
+    return rows <= (FEW if groups == 1 else GROUPED[fmt.bits])
+
+
+def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: jax.Array | None) -> Any:
+    """The dtype in which a kernel reads the activation, None where there is no kernel."""
     rows, k = x.values.shape
     if (
         not isinstance(fmt, Int | Float)
@@ -43,15 +75,20 @@ def has_kernel(x: Integers, fmt: Format | None, columns: int, groups: int, sums:
         or columns % COLUMNS
         or not fits(k, groups, SMALLEST_GROUP)
     ):
-        return False
-    if rows > MOST_ROWS[fmt.bits] or (isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT):
-        return False
+        return None
+    few = _few(rows, fmt, groups)
+    if (groups > 1 and not few) or (isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT):
+        return None
     if x.bound is None:
-        return x.values.dtype == jnp.bfloat16
+        return jnp.bfloat16 if x.values.dtype == jnp.bfloat16 and (fmt.bits == 4 or rows <= EIGHT) else None
+    if x.center is not None and sums is None:
+        return None
     assert x.largest is not None
+    if not few and in_int8(fmt) and x.largest <= 128 and k * 2**14 < 2**31:
+        return jnp.int8
     largest = largest_integer(fmt) if fmt.symmetric else 2**fmt.bits - 1  # less a zero point that is any code
     exact = x.bound.bit_length() <= 8 and x.largest * largest * (k // groups) < EXACT
-    return fmt.bits == 4 and exact and (x.center is None or sums is not None)
+    return jnp.bfloat16 if fmt.bits == 4 and exact else None
 
 
 def quantizes(quant: InputQuant, x: jax.Array, axes: tuple[int, ...]) -> bool:
@@ -83,9 +120,10 @@ def quantized(quant: InputQuant, x: jax.Array, axes: tuple[int, ...]) -> Integer
 def packed_product(
     x: Integers, codes: jax.Array, grid: Grid, fmt: Int | Float, sums: jax.Array | None, *, dtype: Any
 ) -> jax.Array:
-    """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by the kernel: y [M, N] of `dtype`.
+    """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by a kernel: y [M, N] of `dtype`.
 
-    An activation's center comes after it, in float32: (x + a) W = xW + a sum(W) in each group.
+    Centers come after the integers' product, in float32: (x + a)(W + b) = xW + a (sum(W) + K b) + b sum(x), in each
+    group.
 
     Args:
       x: as there.
@@ -94,23 +132,68 @@ def packed_product(
       fmt: of the codes.
       sums: of the weight's integers over each group, int32 [groups, N].
     """
-    from jaxq.kernels.hopper_matmul import hopper_matmul  # not above: not every jaxlib comes with Mosaic GPU
-
-    groups, n = grid.scale.shape[0], codes.shape[1]
-    outer = grid.outer is not None and grid.outer.size == 1
-    factors = [a.reshape(1, 1) for a in (x.scale, grid.outer if outer else None) if a is not None and a.size == 1]
-    scale = jnp.broadcast_to(grid.scale if outer else grid.factor, (groups, n))
+    (rows, k), groups, n = x.values.shape, grid.scale.shape[0], codes.shape[1]
+    read_as = _read_as(x, fmt, n, groups, sums)
+    if read_as == jnp.int8:
+        values = narrow(x.values, jnp.int8) if x.int8 is None else x.int8
+    else:
+        values = x.values.astype(jnp.bfloat16)
+    codes = lax.bitcast_convert_type(codes, jnp.uint8)
     zero = None if grid.zero is None else jnp.broadcast_to(grid.zero.astype(jnp.float32), (groups, n))
-    by = prod(factors[1:], start=factors[0]) if factors else None
-    rows = None if x.scale is None or x.scale.size == 1 else x.scale
-    values, whole = x.values.astype(jnp.bfloat16), rows is None and x.center is None
-    packed = lax.bitcast_convert_type(codes, jnp.uint8)
-    y = hopper_matmul(values, packed, scale, fmt, zero=zero, factor=by, dtype=dtype if whole else jnp.float32)
+    total = None
     if x.center is not None:
         assert sums is not None
         total = sums.astype(jnp.float32)
         if zero is not None:
-            total = total + values.shape[1] // groups * (2 ** (fmt.bits - 1) - zero)
+            total = total + k // groups * (2 ** (fmt.bits - 1) - zero)
+    product = _of_few if _few(rows, fmt, groups) else _of_many
+    return product(replace(x, values=values), codes, grid, zero, fmt, total, dtype)
+
+
+def _of_few(
+    x: Integers, codes: jax.Array, grid: Grid, zero: jax.Array | None, fmt: Any, total: jax.Array | None, dtype: Any
+) -> jax.Array:
+    """By `hopper_matmul`; `total` are the sums of the weight, less its zero points, [groups, N]."""
+    from jaxq.kernels.hopper_matmul import hopper_matmul  # not above: not every jaxlib comes with Mosaic GPU
+
+    outer = grid.outer is not None and grid.outer.size == 1
+    factors = [a.reshape(1, 1) for a in (x.scale, grid.outer if outer else None) if a is not None and a.size == 1]
+    scale = jnp.broadcast_to(grid.scale if outer else grid.factor, (grid.scale.shape[0], codes.shape[1]))
+    by = prod(factors[1:], start=factors[0]) if factors else None
+    rows = None if x.scale is None or x.scale.size == 1 else x.scale
+    whole = rows is None and x.center is None
+    y = hopper_matmul(x.values, codes, scale, fmt, zero=zero, factor=by, dtype=dtype if whole else jnp.float32)
+    if x.center is not None and total is not None:
         correction = (total * scale).sum(0, keepdims=True)
         y = y + x.center * (correction if by is None else correction * by)
     return (y if rows is None else y * rows).astype(dtype)
+
+
+def _of_many(
+    x: Integers, codes: jax.Array, grid: Grid, zero: jax.Array | None, fmt: Any, total: jax.Array | None, dtype: Any
+) -> jax.Array:
+    """By `hopper_many`, which writes the result as it is."""
+    from jaxq.kernels.hopper_many import hopper_many
+
+    scale, row = grid.factor, x.scale
+    if row is not None and row.size == 1:
+        scale, row = scale * row.reshape(1, 1), None
+    scale = jnp.broadcast_to(scale, (1, codes.shape[1]))
+    left, right = [], []
+    if x.center is not None and total is not None:
+        left, right = [jnp.broadcast_to(x.center, (x.values.shape[0], 1))], [total]
+    if zero is not None and x.values.dtype == jnp.int8:
+        left.append(x.values.sum(1, dtype=jnp.int32, keepdims=True).astype(jnp.float32))
+        right.append(2 ** (fmt.bits - 1) - zero)
+        zero = None
+    return hopper_many(
+        x.values,
+        codes,
+        scale[0],
+        fmt,
+        zero=None if zero is None else zero[0],
+        row=None if row is None else row[:, 0],
+        left=jnp.concatenate(left, 1).T if left else None,
+        right=jnp.concatenate(right) if right else None,
+        dtype=dtype,
+    )

@@ -56,10 +56,10 @@ def pairs(packed: jax.Array) -> jax.Array:
         for g, rows in enumerate(packed.reshape(DEPTH // 8, 2)):  # [g, h]
             first, second = (utils.bitcast(row, word) for row in rows)
             for a, bytes_ in enumerate((0x5410, 0x7632)):  # 0 to 3 are the first's, 4 to 7 the second's
-                found[a, g] = _vector(utils.prmt(first, second, utils.c(bytes_, word)), word, 1)
+                found[a, g] = as_vector(utils.prmt(first, second, utils.c(bytes_, word)), word, 1)
         return found
 
-    return _moved(move, [packed], BYTES, (DEPTH, DEPTH // 2), jnp.int32, PAIRS)
+    return moved(move, [packed], BYTES, (DEPTH, DEPTH // 2), jnp.int32, PAIRS)
 
 
 def fragments(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -68,24 +68,24 @@ def fragments(first: jax.Array, second: jax.Array) -> jax.Array:
     def move(*words: np.ndarray) -> np.ndarray:
         both = np.stack([w.reshape(2, DEPTH // 8) for w in words], -1)  # [a, g, b]
         half = ir.BF16Type.get()
-        return np.vectorize(lambda word: _vector(word, half, 2), otypes=[object])(both)
+        return np.vectorize(lambda word: as_vector(word, half, 2), otypes=[object])(both)
 
-    return _moved(move, [first, second], PAIRS, (COLUMNS, DEPTH), jnp.bfloat16, FRAGMENTS)
+    return moved(move, [first, second], PAIRS, (COLUMNS, DEPTH), jnp.bfloat16, FRAGMENTS)
 
 
 def result(sums: jax.Array) -> jax.Array:
-    """What fragments were multiplied to, float32 [128, rows], as [rows, 128] in the order of the weight's columns."""
+    """What fragments were multiplied to, [128, rows], as [rows, 128] in the order of the weight's columns."""
     rows = sums.shape[1]
 
     def move(sums: np.ndarray) -> np.ndarray:
-        four = ir.VectorType.get((4,), ir.F32Type.get())
+        four = ir.VectorType.get((4,), ir.VectorType(sums.flat[0].type).element_type)
         held = sums.reshape(2, rows // 8, 2)  # [a, g, b], two numbers in each, h
         found = np.empty((rows // 8, 2), object)  # [g, h]
         for g, h in np.ndindex(found.shape):
             found[g, h] = vector.from_elements(four, [_element(held[a, g, b], h) for a in (0, 1) for b in (0, 1)])
         return found
 
-    return _moved(move, [sums], FRAGMENTS, (rows, COLUMNS), jnp.float32, BYTES)
+    return moved(move, [sums], FRAGMENTS, (rows, COLUMNS), sums.dtype, BYTES)
 
 
 def columns(numbers: jax.Array) -> jax.Array:
@@ -99,7 +99,7 @@ def columns(numbers: jax.Array) -> jax.Array:
             found[a, b] = vector.from_elements(one, [_element(four, 2 * a + b)])
         return found
 
-    return _moved(move, [numbers], BYTES.reduce(0), (COLUMNS,), jnp.float32, ROWS)
+    return moved(move, [numbers], BYTES.reduce(0), (COLUMNS,), jnp.float32, ROWS)
 
 
 def less(numbers: jax.Array, factor: float, taken: Sequence[jax.Array]) -> jax.Array:
@@ -118,11 +118,11 @@ def less(numbers: jax.Array, factor: float, taken: Sequence[jax.Array]) -> jax.A
             both = _asm("cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", one)
             for g in _part(DEPTH // 8, group, len(less)):
                 given = utils.bitcast(found[a, g, b], word)
-                found[a, g, b] = _vector(_asm("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", given, by, both), half, 2)
+                found[a, g, b] = as_vector(_asm("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", given, by, both), half, 2)
         return found
 
     layouts = FRAGMENTS, *(ROWS,) * len(taken)
-    return _moved(move, [numbers, *(-a for a in taken)], layouts, (COLUMNS, DEPTH), jnp.bfloat16, FRAGMENTS)
+    return moved(move, [numbers, *(-a for a in taken)], layouts, (COLUMNS, DEPTH), jnp.bfloat16, FRAGMENTS)
 
 
 def multiplied(sums: jax.Array, numbers: jax.Array, x: jax.Array, factors: Sequence[jax.Array] = ()) -> jax.Array:
@@ -154,7 +154,7 @@ def multiplied(sums: jax.Array, numbers: jax.Array, x: jax.Array, factors: Seque
 
     shapes = (2, rows // 8, 2), (2, DEPTH // 8, 2), (rows // 8, DEPTH // 8)
     layouts = FRAGMENTS, FRAGMENTS, X, *(ROWS,) * len(factors)
-    return _moved(move, [sums, numbers, x, *factors], layouts, (COLUMNS, rows), jnp.float32, FRAGMENTS)
+    return moved(move, [sums, numbers, x, *factors], layouts, (COLUMNS, rows), jnp.float32, FRAGMENTS)
 
 
 def _part(length: int, part: int, parts: int) -> range:
@@ -210,7 +210,7 @@ def store_rows(out: Any, y: jax.Array, count: Any) -> None:
     call(out, y, lax.broadcast(jnp.int32(count), y.shape))
 
 
-def _moved(
+def moved(
     move: Callable[..., np.ndarray], arrays: list, held: Any, shape: tuple[int, ...], dtype: Any, layout: Any
 ) -> jax.Array:
     """Arrays, all of a layout `held` or of one each, as another of another layout, with the registers that `move` makes
@@ -221,12 +221,12 @@ def _moved(
         arg_types=held if isinstance(held, tuple) else (held,) * len(arrays),
         return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout),
     )
-    def moved(_: Any, *arrays: Any) -> Any:
+    def made(_: Any, *arrays: Any) -> Any:
         registers = move(*(a.registers for a in arrays)).reshape(declared.registers_shape(shape))
         signed = True if jnp.issubdtype(dtype, jnp.integer) else None
         return mgpu.FragmentedArray(_registers=registers, _layout=declared, _is_signed=signed)
 
-    call: Any = moved  # JAX gives it its own first argument
+    call: Any = made  # JAX gives it its own first argument
     return call(*arrays)
 
 
@@ -235,7 +235,7 @@ def _asm(text: str, constraints: str, *given: Any) -> Any:
     return llvm.inline_asm(ir.IntegerType.get_signless(32), given, text, constraints)
 
 
-def _vector(register: Any, element: Any, length: int) -> Any:
+def as_vector(register: Any, element: Any, length: int) -> Any:
     return utils.bitcast(register, ir.VectorType.get((length,), element))
 
 

@@ -88,6 +88,21 @@ class Block:
     barriers: dict[int, Barrier] = field(default_factory=dict)
     cluster: list[Block] = field(default_factory=list)
 
+    copies: list[tuple[np.ndarray, np.ndarray, int]] = field(default_factory=list)
+
+    def copy(self, where: np.ndarray, bytes_: np.ndarray, barrier: int) -> None:
+        """Begins a copy into shared memory; until it ends, nothing of use is there."""
+        self.shared[where] = 0x7F
+        self.copies.append((where, bytes_, barrier))
+
+    def land(self) -> int:
+        """Ends all copies; how many they were."""
+        found, self.copies = self.copies, []
+        for where, bytes_, barrier in found:
+            self.shared[where] = bytes_
+            self.barriers[barrier].move(expected=-len(bytes_))
+        return len(found)
+
     def of(self, address: int) -> tuple[Block, int]:
         """The block that an address of shared memory is in, and where."""
         return (self.cluster[address // PEER - 1] if address >= PEER else self), address % PEER

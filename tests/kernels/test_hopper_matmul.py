@@ -159,12 +159,18 @@ def quantized(weights: object = Int(4), activations: object = None, w: jax.Array
     return jaxq.calibrate(forward, {"w": w}, [X.astype(w.dtype)], jaxq.quantize(weights, activations))
 
 
-def uses(tree: jaxq.Quantized, products: str = "int8", kind: str = "NVIDIA H200", x: jax.Array = X) -> bool:
+def uses(
+    tree: jaxq.Quantized,
+    products: str = "int8",
+    kind: str = "NVIDIA H200",
+    x: jax.Array = X,
+    kernel: str = "jaxq_hopper_matmul",
+) -> bool:
     """Whether a GPU's program has the kernel."""
     device = AbstractDevice(kind, None, "gpu")
     with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=device)):
         traced = jax.jit(jaxq.execute(forward, products)).trace(jaxq.pack(tree), x)
-        return "jaxq_hopper_matmul" in traced.lower(lowering_platforms=("cuda",)).as_text()
+        return kernel in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("weights", [*FORMATS.values(), *EIGHT.values()], ids=[*FORMATS, *EIGHT])

@@ -1,0 +1,94 @@
+"""What the GPU's compilers make of the Hopper kernel for many rows, on a machine without a GPU: see `gpu_compiled.py`.
+
+    python experiments/gpu_compiled_many.py [--rows 64 2048] [--kernels int4 int8_int4 ...] [--shapes 4096x4096 ...]
+
+Columns that are not there or mean something else: `kernel`, the weight's format, with int8_ before it where
+activations are int8; `tile`, rows of a block and parts that K is cut into; `wgmma`, matrix instructions of one step in
+PTX, and `gmma` in machine code; `serialized`, whether ptxas warns that it waits for each of them; `registers`, the most
+that a thread uses; `overwritten`, instructions that write registers of a product under way; `alu`, the expanding
+instructions of a step for each code that a thread expands. Nothing here is a measured time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from compiled_rows import show
+from gpu_compiled import FORMATS, UNTUNED, h200, prepare
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
+from sass import multiplying_loop, overwritten
+
+from jaxq.kernels import hopper_many
+from jaxq.kernels.gpu import in_int8
+
+KERNELS = [*FORMATS, *(f"int8_{name}" for name, fmt in FORMATS.items() if in_int8(fmt))]
+
+
+def row(name: str, rows: int, k: int, n: int, dump: Path, vectors: bool) -> dict:
+    """One row of the table; `vectors` are those of the rows, and zero points of both sides."""
+    fmt = FORMATS[name.removeprefix("int8_")]
+    dtype = jnp.dtype(jnp.int8 if name.startswith("int8_") else jnp.bfloat16)
+    on = SingleDeviceSharding(h200())
+    shapes = {"x": ((rows, k), dtype), "w": ((k * fmt.bits // 8, n), jnp.uint8), "scale": ((n,), jnp.float32)}
+    if not fmt.symmetric and dtype == jnp.bfloat16:
+        shapes["zero"] = (n,), jnp.float32
+    if vectors:
+        shapes |= {"row": ((rows,), jnp.float32), "left": ((2, rows), jnp.float32), "right": ((2, n), jnp.float32)}
+    given = {name: jax.ShapeDtypeStruct(*shape, sharding=on) for name, shape in shapes.items()}
+    for file in dump.iterdir():
+        file.unlink()
+
+    product: Any = partial(hopper_many.hopper_many, fmt=fmt, dtype=jnp.bfloat16)
+    device = AbstractDevice("NVIDIA H200", None, "gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Explicit,), abstract_device=device)):
+        compiled = jax.jit(product).trace(**given).lower(lowering_platforms=("cuda",)).compile(UNTUNED)
+    ptx, log, sass = (next(dump.glob(f"*.{kind}")).read_text() for kind in ("ptx", "ptxas", "sass_ctrl"))
+    spilled, memory = re.findall(r"(\d+) bytes spill", log), compiled.memory_analysis()
+    assert spilled and memory, log
+    made, loop = hopper_many.weights(fmt, dtype), multiplying_loop(sass)
+    codes = made.depth * 8 // fmt.bits
+    expanding = sum(bool(re.match(r"(?:LOP3|SHF|PRMT|IMAD|HMUL2|HFMA2)\b", text)) for text in loop)
+    return {
+        "kernel": name, "rows": rows, "K": k, "N": n,
+        "tile": hopper_many.tiles(rows, shapes["w"][0][0], n, made),
+        "temporary": memory.temp_size_in_bytes, "weight": 2 * k * n,
+        "wgmma": ptx.count("wgmma.mma_async"), "gmma": len(re.findall(r"\s[HI]GMMA\.", sass)),
+        "registers": 1 + max(map(int, re.findall(r"\bR(\d+)\b", sass))),
+        "spilled": sum(map(int, spilled)), "serialized": "serialized" in log,
+        "overwritten": len(overwritten(loop)), "alu": round(expanding / codes, 2),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", nargs="*", type=int, default=[64, 2048])
+    parser.add_argument("--kernels", nargs="*", default=KERNELS, choices=KERNELS)
+    parser.add_argument("--shapes", nargs="*", default=["4096x4096"], help="KxN")
+    parser.add_argument("--tile", nargs=2, type=int, help="other than the kernel's own choice")
+    parser.add_argument("--vectors", action="store_true", help="with scales of rows and zero points of both sides")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each row")
+    parser.add_argument("--keep", type=Path, help="a folder for the last kernel's PTX and SASS")
+    args = parser.parse_args()
+    if args.tile:
+        hopper_many.tiles = lambda *_: tuple(args.tile)
+    with tempfile.TemporaryDirectory(prefix="gpu_compiled_") as made:
+        dump = args.keep or Path(made)
+        prepare(dump)
+        found = (
+            row(name, rows, int(k), int(n), dump, args.vectors)
+            for name in args.kernels
+            for k, n in (shape.split("x") for shape in args.shapes)
+            for rows in args.rows
+        )
+        show(found, args.json)
+
+
+if __name__ == "__main__":
+    main()

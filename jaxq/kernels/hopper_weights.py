@@ -1,0 +1,111 @@
+"""Packed weights as left operands of a Hopper GPU's tensor cores, for products in bfloat16 or in int8.
+
+| product  | codes            | what is multiplied                             | bytes a step | cycles: a step, a row |
+|----------|------------------|------------------------------------------------|--------------|-----------------------|
+| bfloat16 | int4, uint4      | value * unit: see `expansion`                  | 64           | 560, 12               |
+|          | floats of 4 bits |                                                | 64           | 650, 12               |
+|          | of 8 bits        |                                                | 128          | 850, 11.5             |
+| int8     | int8             | value                                          | 128          | 300, 8.5              |
+|          | int4, uint4      | value * 16: the nibble in the byte's high half | 128          | 600, 12               |
+|          | E2M1, E1M2       | value in units of its smallest step, plus bias | 128          | 1700, 10              |
+
+The cycles are fitted to times on an H200, of 4096 x 11008 and 32 to 8192 rows.
+
+A warpgroup takes 128 columns of a step's bytes from shared memory. A float's code is looked up, which byte permutation
+does in eight bytes; there is no room for both signs, but there is for what a negative number is and for by how much a
+positive one differs, and a code with its sign bit set finds no difference: see `hopper_registers.looked_up`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxq.formats import Float, Int
+from jaxq.kernels import hopper_bytes as in_int8
+from jaxq.kernels import hopper_registers as registers
+from jaxq.kernels.carrier import int8_carrier
+from jaxq.kernels.expansion import expansions
+from jaxq.kernels.gpu import COLUMNS
+from jaxq.kernels.hopper_registers import DEPTH
+from jaxq.kernels.plain import largest_integer
+
+MAGNITUDES = {Float(2, 1): (0, 1, 2, 3, 4, 6, 8, 12), Float(1, 2): tuple(range(8))}  # of the codes 0 to 7
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How codes are multiplied: a product is `unit * value + bias`, in sums over K.
+
+    Args:
+        depth: rows of packed bytes of a step.
+        wide: channels that are multiplied at once, of one place in their bytes.
+        fragments: of a step's packed bytes, a reference to uint8 [depth, 256] in shared memory, a column and zeros:
+            what the 128 columns from there on are, [128, wide] for each of a byte's codes or, where a byte is one code,
+            for each `wide` rows; made one after the other. The zeros are what is taken off expanded codes, times the
+            unit: float32 [128], or None.
+        sums: the dtype that they are added up in.
+        cycles: that a step takes, and each row of x in it.
+    """
+
+    depth: int
+    wide: int
+    fragments: Callable[[Any, Any, jax.Array | None], Iterator[jax.Array]]
+    sums: Any
+    cycles: tuple[float, float]
+    unit: float = 1.0
+    bias: int = 0
+
+
+def weights(fmt: Int | Float, dtype: Any) -> Weights:
+    """For products with activations of a dtype, bfloat16 or int8.
+
+    Raises:
+        ValueError: the format is not among the dtype's in the table above.
+    """
+    if dtype == jnp.bfloat16:
+        cycles = (850, 11.5) if fmt.bits == 8 else (560, 12) if isinstance(fmt, Int) else (650, 12)
+        depth = DEPTH * fmt.bits // 4
+        return Weights(depth, DEPTH, partial(_expanded, fmt), jnp.float32, cycles, expansions(fmt)[0].unit)
+    deep = 2 * DEPTH
+    if isinstance(fmt, Int) and fmt.bits == 8:
+        return Weights(deep, deep, partial(_moved, fmt), jnp.int32, (300, 8.5))
+    if isinstance(fmt, Int) and fmt.bits == 4:
+        return Weights(deep, deep, partial(_moved, fmt), jnp.int32, (600, 12), 16.0)
+    if fmt in MAGNITUDES:
+        unit, bias = 2.0 ** (fmt.bias - 1 + fmt.mantissa_bits), largest_integer(fmt)
+        return Weights(deep, deep, partial(_found, fmt), jnp.int32, (1700, 10), unit, bias)
+    raise ValueError(f"{fmt} is not multiplied in int8: integers of 4 and 8 bits are, E2M1 and E1M2")
+
+
+def _expanded(fmt: Int | Float, part: Any, column: Any, zeros: jax.Array | None) -> Iterator[jax.Array]:
+    made = expansions(fmt)
+    for run in range(part.shape[0] // DEPTH):
+        packed = part[run * DEPTH : (run + 1) * DEPTH, pl.ds(column, COLUMNS)]
+        words = made[0].flipped(registers.pairs(plgpu.layout_cast(packed, registers.BYTES)))
+        for e in made:
+            bits = registers.fragments(e.bits(words, 0), e.bits(words, 1))
+            if e.less:
+                taken = plgpu.layout_cast(jnp.full((COLUMNS,), e.less), registers.ROWS) if zeros is None else zeros
+                yield registers.less(bits, e.factor, [taken])
+            else:
+                yield bits * jnp.bfloat16(e.factor)
+
+
+def _moved(fmt: Int, part: Any, column: Any, _: Any) -> Iterator[jax.Array]:
+    words = in_int8.quads(in_int8.deep_bytes(part.at[:, pl.ds(column, COLUMNS)]))
+    for half in (words,) if fmt.bits == 8 else int8_carrier(fmt).halves(words):
+        yield in_int8.integers(half)
+
+
+def _found(fmt: Float, part: Any, column: Any, _: Any) -> Iterator[jax.Array]:
+    packed = in_int8.deep_bytes(part.at[:, pl.ds(column, COLUMNS)])
+    bias = largest_integer(fmt)
+    yield from in_int8.looked_up(packed, [(bias + v, bias - v) for v in MAGNITUDES[fmt]])

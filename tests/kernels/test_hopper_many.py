@@ -1,0 +1,195 @@
+"""The Hopper kernel for many rows: its meaning, when it is chosen, what it compiles to, and that run in numpy."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq.formats import Float, Int
+from jaxq.kernels import gpu
+from jaxq.products import read_input
+from tests.kernels import ptx
+from tests.kernels.ahead import rows_of
+from tests.kernels.test_hopper_matmul import ACTIVATIONS, EIGHT, FORMATS, KERNELS, X, compiles, drawn, exact, quantized
+from tests.kernels.test_hopper_matmul import uses as uses_kernel
+
+many = pytest.importorskip("jaxq.kernels.hopper_many", reason="this jaxlib has no Mosaic GPU", exc_type=ImportError)
+
+ROWS = jnp.concatenate([X * (1 + i / 8) for i in range(12)])  # 60
+INTEGERS = {"int8": Int(8), "uint8": Int(8, symmetric=False)}
+PAIRS = {(name, "bfloat16"): (fmt, None) for name, fmt in (FORMATS | EIGHT).items()} | {
+    (w, x): (fmt, ACTIVATIONS[x])
+    for w, fmt in (FORMATS | INTEGERS).items()
+    for x in ACTIVATIONS
+    if isinstance(fmt, Int) or not x.startswith("uint")
+}
+
+
+def vectors(m: int, n: int) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(1)
+    found = {"row": 2.0 ** draw.integers(-2, 3, m), "left": draw.integers(-9, 10, (2, m))}
+    return {name: a.astype(np.float32) for name, a in (found | {"right": draw.integers(-9, 10, (2, n))}).items()}
+
+
+def finished(sums: np.ndarray, scale: np.ndarray, row: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """float64; the sums come times the scale."""
+    return (sums + left.astype(float).T @ right * scale) * row[:, None]
+
+
+@pytest.mark.parametrize("fmt", KERNELS.values(), ids=KERNELS)
+def test_the_plain_meaning_is_what_numpy_finds(fmt):
+    x, codes, packed, scale, zero = drawn(fmt, 3, 256, 40, 1)
+    zeros, others = None if zero is None else jnp.asarray(zero[0]), vectors(3, 40)
+    found = many.plain_hopper_many(
+        jnp.asarray(x), jnp.asarray(packed), jnp.asarray(scale[0]), fmt, zero=zeros, **others
+    )
+    wanted = finished(exact(fmt, x, codes, scale, zero), scale, **others)
+    assert np.array_equal(found, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_tiles_are_what_the_tensor_cores_take(dtype):
+    made = many.weights(Int(8), jnp.dtype(dtype))
+    for m, k, n in [(17, 4096, 4096), (128, 4096, 11008), (2048, 2048, 4096), (8192, 11008, 4096), (100, 256, 128)]:
+        (rows, splits), steps = many.tiles(m, k, n, made), k // made.depth
+        assert rows % (8 if dtype == jnp.bfloat16 else 16) == 0 and rows <= many.MOST_ROWS
+        assert 1 <= splits <= steps and -(-steps // splits) * (splits - 1) < steps, "no part of K is empty"
+
+
+def test_tiles_are_those_that_were_fastest():
+    made = many.weights(Int(4), jnp.dtype(jnp.bfloat16))
+    fastest = {32: (32, 3), 64: (64, 3), 128: (128, 3), 512: (88, 1), 2048: (120, 1), 8192: (128, 1)}  # on an H200
+    assert {m: many.tiles(m, 2048, 11008, made) for m in fastest} == fastest
+
+
+def test_misfits_name_what_was_found():
+    x, _, packed, scale, _ = drawn(Int(4), 3, 384, 128, 1)
+    with pytest.raises(ValueError, match=r"x \(3, 384\).*K in blocks of 256"):
+        many.hopper_many(jnp.asarray(x), jnp.asarray(packed), jnp.asarray(scale[0]), Int(4))
+    with pytest.raises(ValueError, match="not multiplied in int8"):
+        many.hopper_many(jnp.asarray(x, jnp.int8), jnp.asarray(packed), jnp.asarray(scale[0]), Float(3, 0))
+
+
+# Compiled -------------------------------------------------------------------------------------------------------------
+
+
+def check(row: dict) -> None:
+    assert row["overwritten"] == 0 and not row["serialized"], row
+    assert row["spilled"] == 0 or row["tile"][1] > 1, (
+        "only the warpgroup that copies has too few registers, and unrolled"
+    )
+    assert row["wgmma"] == row["gmma"] and row["registers"] <= 232 and row["alu"] < 3, row
+    parts = row["tile"][1] * 4 * row["rows"] * row["N"] if row["tile"][1] > 1 else 0
+    padded = 2 * (row["rows"] + 8) * row["K"] if row["rows"] % 8 else 0
+    assert row["temporary"] <= parts + padded + 64 * (row["rows"] + 128) + 8 * row["N"], "no weight"
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("name", "m", "k", "n", "tile"),
+    [
+        ("int4", 40, 512, 256, (32, 1)),
+        ("int8_e2m1", 70, 512, 384, (64, 1)),  # a tile of columns that is half there
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("uint4", 150, 1024, 384, (128, 2)),
+                ("e2m1", 130, 1024, 256, (128, 1)),
+                ("e3m0", 65, 1024, 256, (24, 3)),
+                ("int8", 150, 1024, 384, (128, 1)),
+                ("e4m3", 129, 512, 256, (88, 1)),
+                ("int8_int4", 150, 2048, 384, (128, 1)),
+                ("int8_uint4", 129, 2048, 256, (80, 2)),
+                ("int8_int8", 150, 2048, 256, (128, 1)),
+                ("int8_e1m2", 129, 1024, 256, (128, 2)),
+                ("int4", 2900, 512, 1408, (128, 1)),  # blocks take a second tile
+            ]
+        ],
+    ],
+)
+@pytest.mark.parametrize("others", [False, True], ids=["", "vectors"])
+def test_the_compiled_kernel_run_in_numpy_is_exact(name, m, k, n, tile, others, tmp_path):
+    options = ["--kernels", name, "--rows", str(m), "--shapes", f"{k}x{n}", "--tile", *map(str, tile)]
+    options += ["--keep", str(tmp_path), *(["--vectors"] if others else [])]
+    (row,) = rows_of("gpu_compiled_many.py", *options)
+    check(row)
+    (rows, splits), fmt, dtype = tile, KERNELS[name.removeprefix("int8_")], ml_dtypes.bfloat16
+    x, codes, packed, scale, zero = drawn(fmt, m, k, n, 1)
+    if name.startswith("int8_"):
+        dtype, x = np.int8, np.random.default_rng(2).integers(-127, 128, (m, k)).astype(np.int8)
+        zero = None if zero is None else np.full_like(zero, 8)
+    made, down = many.weights(fmt, jnp.dtype(dtype)), -(-m // rows)
+    wanted = exact(fmt, x, codes, scale, zero)
+    given = {"scale": scale} | ({} if zero is None or dtype == np.int8 else {"zero": zero})
+    if made.bias:
+        given["sums"] = x.sum(1, dtype=np.int32)[None]
+    if others:
+        given |= {**vectors(m, n)}
+        wanted = finished(wanted, scale, given["row"], given["left"], given["right"])
+        given["row"] = given["row"][None]
+    for vector in {"sums", "row", "left"} & given.keys():
+        given[vector] = np.pad(given[vector], ((0, 0), (0, down * rows - m)))
+    out = np.full((splits, m, n), np.nan, ml_dtypes.bfloat16 if splits == 1 else np.float32)
+    used = ["zero", "sums", "left", "right", "row", "scale"]  # the order that the kernel first uses them in
+    padded = np.pad(x, ((0, -m % 8), (0, 0)))
+    maps: list = [
+        ptx.Tiled(packed, (made.depth // 8, 2)),
+        ptx.Tiled(padded, (rows // 8, made.depth * x.itemsize // 128)),
+    ]
+    (text,) = (file.read_text() for file in tmp_path.glob("*.ptx"))
+    blocks = min(down * -(-n // 256) * splits, many.PROCESSORS)
+    ptx.run(text, (blocks, 1, 1), 3, maps, [*(given[vector] for vector in used if vector in given), out])
+    found = out[0] if splits == 1 else out.astype(float).sum(0)
+    assert np.array_equal(found, wanted.astype(np.float32).astype(out.dtype), equal_nan=True)
+
+
+@compiles
+@pytest.mark.slow
+def test_all_kernels_compile():
+    rows = rows_of("gpu_compiled_many.py", "--shapes", "4096x11008", "--rows", "17", "128", "2048")
+    assert len(rows) == 3 * 12
+    for row in rows:
+        check(row)
+
+
+# Chosen ---------------------------------------------------------------------------------------------------------------
+
+
+def uses(tree: jaxq.Quantized, **options: object) -> bool:
+    return uses_kernel(tree, kernel="jaxq_hopper_many", **({"x": ROWS} | options))
+
+
+@pytest.mark.parametrize("weights", [*FORMATS.values(), *EIGHT.values()], ids=[*FORMATS, *EIGHT])
+def test_a_hopper_runs_it_for_weights_alone(weights):
+    tree = quantized(weights)
+    assert uses(tree) and not uses(tree, products="xla") and not uses(tree, x=X)
+    assert not uses(tree, kind="NVIDIA A100-SXM4-80GB")
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_a_hopper_runs_it_for_quantized_activations(activations):
+    assert uses(quantized(Int(4, symmetric=False), activations)) and uses(quantized(Int(8), activations))
+
+
+def test_products_without_it():
+    assert not uses(quantized(w=jnp.ones((512, 200), jnp.bfloat16))) and not uses(quantized(Int(6)))
+    assert not uses(quantized(jaxq.per_group(Int(4), 128))), "groups have the other kernel, or none"
+    assert not uses(quantized(Float(4, 3, reserved=1), Int(8))), "neither int8 nor bfloat16 holds both"
+
+
+@pytest.mark.parametrize(("weights", "activations"), PAIRS.values(), ids=map("-".join, PAIRS))
+def test_what_the_kernel_is_given_means_the_product(weights, activations, monkeypatch):
+    """Scales, units and zero points. On a Hopper the kernel itself, elsewhere its meaning in its place."""
+    tree = quantized(weights, activations)
+    leaf, (quant,) = jaxq.pack(tree).params["w"], tree.inputs.values() or (None,)
+    x = read_input(quant, ROWS, (1,))
+    assert gpu.has_kernel(x, leaf.split, 256, 1, leaf.sums)
+    if not gpu.target():
+        monkeypatch.setattr(many, "hopper_many", many.plain_hopper_many)
+    found = gpu.packed_product(x, leaf.planes[0], leaf.grid, leaf.split, leaf.sums, dtype=jnp.float32)
+    a = np.asarray(x.centered, np.float64) * (1 if x.scale is None else np.asarray(x.scale))
+    wanted = a @ np.asarray(replace(leaf, dtype=jnp.float32).dequantize(), float)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
