@@ -7,7 +7,8 @@ A product is of [rows, K] with [K, N], activation and result in bfloat16. Column
 there several times over, so that none of them is in the cache; `speedup`, of bfloat16's weights over it; `GB/s`, the
 bytes of the weights, the activation and the result over that time; `roofline`, the share of the time that is needed at
 least: those bytes at the speed of a copy, or the product at the speed of a bfloat16 product of 8192^3 (twice that for
-int8), both measured first. Then the same for activations that are quantized: bytes read and written, of a copy's speed.
+int8), both measured once all is compiled. Then the same for activations that are quantized: bytes read and written, of
+a copy's speed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from jaxq.formats.integer import narrow
 from jaxq.products import read_input
 
 CACHE = 120 << 20  # bytes of weights between two readings of the same ones
-ROUNDS, THREADS = 9, 10
+ROUNDS, THREADS, COPIES = 9, 10, 50
 QUANTIZERS = {
     "int8 per tensor": jaxq.per_tensor(Int(8)),
     "int8 per token": jaxq.per_token(Int(8)),
@@ -55,7 +56,8 @@ def size(tree: Any) -> int:
 
 
 def product(trees: list, x: jax.Array) -> list[jax.Array]:
-    return [jaxq.execute(linear)(tree, x) for tree in trees]
+    run = jax.jit(jaxq.execute(linear))  # traced once
+    return [run(tree, x) for tree in trees]
 
 
 def program(path: str, rows: int, k: int, n: int) -> tuple:
@@ -74,24 +76,32 @@ def kernels(run: Any, *args: Any) -> list[float]:
 
 
 def ceilings() -> tuple[float, float]:
-    """Bytes a microsecond of a copy, and multiplications a microsecond in bfloat16."""
-    a = jax.random.normal(jax.random.key(0), (1 << 29,), jnp.bfloat16)
-    copied = 2 * a.nbytes / median(kernels(jax.jit(lambda a: a + jnp.bfloat16(1)), a))
+    """Bytes a microsecond, read and written, of a copy, and multiplications a microsecond in bfloat16."""
+    a, copy = jax.random.normal(jax.random.key(0), (1 << 29,), jnp.bfloat16), jax.jit(jnp.copy)
+    copy(a).block_until_ready()
+    start = time.perf_counter()
+    for _ in range(COPIES):  # half a millisecond each: nearly nothing between them
+        copied = copy(a)
+    copied.block_until_ready()
+    copied = 2e-6 * COPIES * a.nbytes / (time.perf_counter() - start)
     b = jax.random.normal(jax.random.key(1), (8192, 8192), jnp.bfloat16)
     return copied, 8192**3 / median(kernels(jax.jit(jnp.dot), b, b))
 
 
-def times(cases: list[tuple[str, int, int, int]], copied: float, rate: float) -> Iterator[dict]:
-    """Rows of the table. All programs are compiled before the first is timed; bfloat16's comes first."""
+def programs(cases: list[tuple[str, int, int, int]]) -> list[tuple]:
     with ThreadPoolExecutor(THREADS) as pool:
-        programs = list(pool.map(lambda case: program(*case), cases))
+        return list(pool.map(lambda case: program(*case), cases))
+
+
+def times(cases: list[tuple[str, int, int, int]], made: list[tuple], copied: float, rate: float) -> Iterator[dict]:
+    """Rows of the table; bfloat16's comes first."""
     base: dict[tuple, float] = {}
-    for (path, m, k, n), (run, count, made) in zip(cases, programs):
+    for (path, m, k, n), (run, count, tree) in zip(cases, made):
         x = jax.random.normal(jax.random.key(2), (m, k), jnp.bfloat16)
-        trees = [made, *(jax.tree.map(jnp.copy, made) for _ in range(count - 1))]
+        trees = [tree, *(jax.tree.map(jnp.copy, tree) for _ in range(count - 1))]
         us = median(kernels(run, trees, x)) / count
         base.setdefault((m, k, n), us)
-        moved = size(made) + 2 * m * (k + n)
+        moved = size(tree) + 2 * m * (k + n)
         floor = max(moved / copied, m * k * n / rate / (2 if PATHS[path][2] == "int8" else 1))
         row = {"path": path, "rows": m, "K": k, "N": n, "us": round(us, 2), "speedup": round(base[m, k, n] / us, 2)}
         yield row | {"GB/s": round(moved / us / 1e3), "roofline": round(floor / us, 2)}
@@ -131,14 +141,15 @@ def main() -> None:
     parser.add_argument("--paths", nargs="*", default=[path for path in PATHS if path != "bf16"], choices=list(PATHS))
     parser.add_argument("--out", type=Path, help="a file for the rows, as JSON")
     args = parser.parse_args()
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    cases = [[(path, m, k, n) for m in args.rows for path in ["bf16", *args.paths]] for k, n in shapes]
+    compiled = [programs(of_shape) for of_shape in cases]
     copied, rate = ceilings()
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, {time.strftime('%d %B %Y')}")
     print(f"a copy {copied / 1e6:.2f} TB/s, a bfloat16 product {2 * rate / 1e6:.0f} TFLOP/s")
-    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     found: list[dict] = []
-    for k, n in shapes:
-        cases = [(path, m, k, n) for m in args.rows for path in ["bf16", *args.paths]]
-        show(noted(times(cases, copied, rate), found), False)
+    for of_shape, made in zip(cases, compiled):
+        show(noted(times(of_shape, made, copied, rate), found), False)
     show(noted(quantizers([16, 2048, 16384], 8192, copied), found), False)
     if args.out:
         args.out.write_text(json.dumps(found))

@@ -11,6 +11,7 @@ Which products have a kernel, and which one:
 |                 |             | 8 bits             | bfloat16, up to `EIGHT`   |                           |
 |                 |             | `in_int8`          | integers of 8 bits        | `hopper_many`, in int8    |
 |                 |             | other 4-bit floats | integers, in bfloat16     | `hopper_many`             |
+| any             | per channel | integers, 8 bits   | integers of 8 bits        | `hopper_many`, in int8    |
 
 Integers come in bfloat16 only where it holds them and float32 the sums, exactly.
 """
@@ -84,7 +85,7 @@ def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: j
     if x.center is not None and sums is None:
         return None
     assert x.largest is not None
-    if not few and in_int8(fmt) and x.largest <= 128 and k * 2**14 < 2**31:
+    if groups == 1 and (not few or fmt.bits == 8) and in_int8(fmt) and x.largest <= 128 and k * 2**14 < 2**31:
         return jnp.int8
     largest = largest_integer(fmt) if fmt.symmetric else 2**fmt.bits - 1  # less a zero point that is any code
     exact = x.bound.bit_length() <= 8 and x.largest * largest * (k // groups) < EXACT
@@ -146,7 +147,7 @@ def packed_product(
         total = sums.astype(jnp.float32)
         if zero is not None:
             total = total + k // groups * (2 ** (fmt.bits - 1) - zero)
-    product = _of_few if _few(rows, fmt, groups) else _of_many
+    product = _of_few if _few(rows, fmt, groups) and read_as == jnp.bfloat16 else _of_many
     return product(replace(x, values=values), codes, grid, zero, fmt, total, dtype)
 
 

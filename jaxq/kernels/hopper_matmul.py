@@ -87,7 +87,7 @@ def hopper_matmul(
     each = max(1, STEP * groups // k)
     step_bytes = STEP * COLUMNS + 2 * rows * codes * STEP + 4 * numbers * each * COLUMNS
     resident = min(RESIDENT, -(-(-(-m // rows) * (n // COLUMNS) * splits) // MULTIPROCESSORS))
-    shared = SHARED // resident - 4 * (parts - 1) * rows * COLUMNS
+    shared = SHARED // resident - 4 * (splits + warpgroups - 2) * rows * COLUMNS
     slots = max(1, min(shared // step_bytes // warpgroups, steps))
     every = warpgroups * slots
     scratch: dict[str, Any] = {
@@ -97,11 +97,12 @@ def hopper_matmul(
     }
     if numbers:
         scratch["number_slots"] = plgpu.SMEM((every, numbers, each, COLUMNS), jnp.float32)
-    if parts > 1:
-        scratch["sums"] = plgpu.SMEM((parts - 1, COLUMNS, rows), jnp.float32, transforms=_rows_of(4 * rows))
-        scratch["arrived"] = plgpu.Barrier(num_arrivals=parts - 1)
+    for name, others in (("warpgroups", warpgroups - 1), ("blocks", splits - 1)):
+        if others:  # whose sums the first one adds
+            sums = plgpu.SMEM((others, COLUMNS, rows), jnp.float32, transforms=_rows_of(4 * rows))
+            scratch[f"of_{name}"] = sums, plgpu.Barrier(num_arrivals=others)
     return plgpu.kernel(
-        partial(_kernel, fmt=fmt, rows=rows, parts=parts, warpgroups=warpgroups, steps=steps, slots=slots),
+        partial(_kernel, fmt=fmt, rows=rows, warpgroups=warpgroups, steps=steps, slots=slots),
         out_type=jax.ShapeDtypeStruct((m, n), dtype),
         grid=(-(-m // rows), n // COLUMNS),
         grid_names=("m", "n"),
@@ -116,13 +117,17 @@ def hopper_matmul(
 
 def tiles(m: int, depth: int, n: int) -> tuple[int, int, int]:
     """How many rows of x a block multiplies, and by how many blocks of a cluster and how many warpgroups of each K is
-    divided, for weights of `depth` bytes a column: about a block for each multiprocessor, and two or four warpgroups,
-    whose sums have room in shared memory."""
+    divided, for weights of `depth` bytes a column: about a block for each multiprocessor, and up to four warpgroups, as
+    many as have room in its memory."""
     rows, steps = 8 if m <= 8 else 16, depth // STEP
     blocks, splits, warpgroups = -(-m // rows) * (n // COLUMNS), 1, 1
     while splits < CLUSTER and 8 * blocks * splits < 7 * MULTIPROCESSORS and 2 * splits <= steps:
         splits *= 2
-    while blocks * splits * warpgroups < 2 * MULTIPROCESSORS and 2 * splits * warpgroups <= min(steps, 128 // rows):
+    while (
+        warpgroups < 32 // rows
+        and blocks * splits * warpgroups < 2 * MULTIPROCESSORS
+        and 2 * splits * warpgroups <= steps
+    ):
         warpgroups *= 2
     return rows, splits, warpgroups
 
@@ -137,7 +142,6 @@ def _kernel(
     *,
     fmt: Int | Float,
     rows: int,
-    parts: int,
     warpgroups: int,
     steps: int,
     slots: int,
@@ -145,13 +149,13 @@ def _kernel(
     x_slots: Any,
     filled: Any,
     number_slots: Any = None,
-    sums: Any = None,
-    arrived: Any = None,
+    of_warpgroups: Any = None,
+    of_blocks: Any = None,
 ) -> None:
     made, groups = expansions(fmt), scale.shape[0]
     codes = len(made)  # in a byte
     size, deep = x.shape[1] // groups, codes * STEP  # channels of a group, of a step
-    zeros, whole = [] if zero is None else [zero], 1 if factor is None else factor[0, 0]
+    zeros, by = [] if zero is None else [zero], 1 if factor is None else factor[0, 0]
     i, j, split, warpgroup = (lax.axis_index(name) for name in ("m", "n", "split", "warpgroup"))
     part, first_slot = split * warpgroups + warpgroup, warpgroup * slots
     columns = pl.ds(j * COLUMNS, COLUMNS)
@@ -228,27 +232,43 @@ def _kernel(
         first, *others = over_steps(multiply, codes)
         return first + others[0] if others else first
 
+    def with_others(total: jax.Array, others: Any) -> jax.Array:
+        """The sum of all, always in the same order."""
+        sums, arrived = others
+        plgpu.barrier_wait(arrived)
+        for other in range(sums.shape[0]):
+            total = total + plgpu.load(sums.at[other], *NO_INDEX, layout=registers.FRAGMENTS, optimized=False)
+        return total
+
     def finish(total: jax.Array, scales: jax.Array | None) -> None:
-        """The sum of all parts of K, which the first warpgroup of a cluster adds, always in the same order."""
-        if parts == 1:
-            return store(total, scales)
+        """The first warpgroup of a block adds the sums of its others; that of a cluster's first block, the blocks'."""
+        if of_warpgroups is not None:
 
-        @pl.when(part > 0)
-        def _() -> None:
-            plgpu.async_store_smem(
-                total, sums.at[part - 1], arrived, cluster_idx=jnp.int32(0), cluster_dim="split", optimized=False
-            )
+            @pl.when(warpgroup > 0)
+            def _() -> None:
+                sums, arrived = of_warpgroups
+                sums[warpgroup - 1] = total
+                plgpu.barrier_arrive(arrived)
 
-        @pl.when(part == 0)
+        @pl.when(warpgroup == 0)
         def _() -> None:
-            plgpu.barrier_wait(arrived)
-            added = total
-            for other in range(parts - 1):
-                added = added + plgpu.load(sums.at[other], *NO_INDEX, layout=registers.FRAGMENTS, optimized=False)
-            store(added, scales)
+            whole = total if of_warpgroups is None else with_others(total, of_warpgroups)
+            if of_blocks is None:
+                return store(whole, scales)
+
+            @pl.when(split > 0)
+            def _() -> None:
+                sums, arrived = of_blocks
+                plgpu.async_store_smem(
+                    whole, sums.at[split - 1], arrived, cluster_idx=jnp.int32(0), cluster_dim="split", optimized=False
+                )
+
+            @pl.when(split == 0)
+            def _() -> None:
+                store(with_others(whole, of_blocks), scales)
 
     def store(total: jax.Array, scales: jax.Array | None) -> None:
-        total = total * (jnp.float32(1 / made[0].unit) * whole)
+        total = total * (jnp.float32(1 / made[0].unit) * by)
         if scales is not None:
             total = total * plgpu.layout_cast(lax.broadcast_in_dim(scales, total.shape, (0,)), registers.FRAGMENTS)
         here = out.at[pl.ds(i * rows, rows), columns]
