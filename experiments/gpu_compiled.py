@@ -4,7 +4,7 @@
     python experiments/gpu_compiled.py [--rows 1 16] [--kernels e2m1 ...] [--shapes 4096x4096 ...] [--plain] [--json]
 
 Each kernel is compiled ahead of time for an H200, all the way to machine code, for a product of [rows, K] with [K, N].
-Columns: `tile`, rows of a block and the blocks of a cluster and the warpgroups of each that K is divided by;
+Columns: `tile`, rows of a block and parts that K is cut into, by the blocks of a cluster;
 `temporary`, bytes of device memory beside arguments and result (x padded); `weight`, bytes of the weight in bfloat16,
 for comparison; `mma`, matrix instructions of one step in PTX, and `hmma` in machine code (SASS); `registers` at launch;
 `spilled`, bytes; `alu`, machine instructions of the kinds that expand codes (LOP3, SHF, PRMT, IMAD, HMUL2, HFMA2), all
