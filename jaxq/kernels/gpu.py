@@ -7,8 +7,7 @@ Which products have a kernel, and which one:
 | up to `FEW`     | any         | 4 and 8 bits       | bfloat16                  | `hopper_matmul`           |
 |                 |             | 4 bits             | integers, in bfloat16     |                           |
 | up to `GROUPED` | of groups   | as above           | as above                  |                           |
-| more            | per channel | 4 bits             | bfloat16                  | `hopper_many`             |
-|                 |             | 8 bits             | bfloat16, up to `EIGHT`   |                           |
+| more            | per channel | 4 and 8 bits       | bfloat16                  | `hopper_many`             |
 |                 |             | `in_int8`          | integers of 8 bits        | `hopper_many`, in int8    |
 |                 |             | other 4-bit floats | integers, in bfloat16     | `hopper_many`             |
 | any             | per channel | integers, 8 bits   | integers of 8 bits        | `hopper_many`, in int8    |
@@ -38,8 +37,6 @@ COLUMNS = 128  # of the weight, that a warpgroup multiplies at once
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
 FEW = 16  # rows
 GROUPED = {4: 64, 8: 16}  # rows, by the bits of a weight; with more, XLA multiplies
-# Rows of bfloat16; with more, XLA decodes weights of 8 bits faster and multiplies (about as fast on an H200 at 2048).
-EIGHT = 2048
 CHANNELS = 512, 32768  # of a row, that the kernel holds in registers, and the vectors for it in shared memory
 # An estimate: with fewer, quantizing is a small part of a product, and XLA may do it where it computes x.
 LEAST_ROWS = 256
@@ -81,7 +78,7 @@ def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: j
     if (groups > 1 and not few) or (isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT):
         return None
     if x.bound is None:
-        return jnp.bfloat16 if x.values.dtype == jnp.bfloat16 and (fmt.bits == 4 or rows <= EIGHT) else None
+        return jnp.bfloat16 if x.values.dtype == jnp.bfloat16 else None
     if x.center is not None and sums is None:
         return None
     assert x.largest is not None
