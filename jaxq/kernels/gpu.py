@@ -38,7 +38,7 @@ HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.devic
 FEW = 16  # rows
 GROUPED = {4: 64, 8: 16}  # rows, by the bits of a weight; with more, XLA multiplies
 CHANNELS = 512, 32768  # of a row, that the kernel holds in registers, and the vectors for it in shared memory
-# An estimate: with fewer, quantizing is a small part of a product, and XLA may do it where it computes x.
+# From so many rows on it is faster than XLA (H200), which may quantize where it computes x.
 LEAST_ROWS = 256
 SMALLEST_GROUP = 16
 EXACT = 2**24  # below it float32 holds all integers
