@@ -89,6 +89,8 @@ def cases(t: Target, rows: int) -> dict[str, Case]:
         "w4a8_g32": product(t, rows, Int(4), jnp.int8, K // 32),
         "e2m1_a16_g32": product(t, rows, e2m1, a16, K // 32),
         "e2m1_a16_g16": product(t, rows, e2m1, a16, K // 16),
+        "w8a8_g32": product(t, rows, Int(8), jnp.int8, K // 32),
+        "fp8_a16_g32": product(t, rows, e4m3, a16, K // 32),
     }
     return (small if rows * HALF // SMALLEST_GROUP <= STACKED_ROWS else {}) | {
         "w4a8": product(t, rows, Int(4), jnp.int8),

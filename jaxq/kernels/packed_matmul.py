@@ -76,8 +76,8 @@ def packed_matmul(
         [M, N].
 
     Raises:
-        ValueError: the shapes do not fit each other, or packed codes do not come in whole blocks of 256, groups of 16,
-            32, 64 or a multiple of 128: there `plain_packed_matmul` serves.
+        ValueError: the shapes do not fit each other, or K is not of whole blocks of 256 in groups of 16, 32, 64 or a
+            multiple of 128: there `plain_packed_matmul` serves.
     """
     x, w, scale, _, left, right = operands
     _check(x, w, scale, packed=bool(carrier.fields))
@@ -147,9 +147,8 @@ def _small_groups(refs: dict, weights: tuple[jax.Array, ...], carrier: Carrier) 
     member = jax.lax.broadcasted_iota(jnp.int32, (rows, HALF), 1) >> (HALF // parts).bit_length() - 1
     total = jnp.zeros((rows, scale.shape[1]), jnp.float32)
     for run in range(k // HALF):
-        a = x[:, HALF * run : HALF * (run + 1)].astype(jnp.float32)
-        alone = jnp.concatenate([jnp.where(member == part, a, 0) for part in range(parts)], 0)
-        b = weights[run % 2][HALF * (run // 2) : HALF * (run // 2 + 1)]
+        a, b = _slices(x, weights, HALF * run, HALF)
+        alone = jnp.concatenate([jnp.where(member == part, a.astype(jnp.float32), 0) for part in range(parts)], 0)
         sums = _dot(alone.astype(x.dtype), b).astype(jnp.float32)
         for part in range(parts):
             g = run * parts + part
@@ -215,8 +214,8 @@ def _check(x: jax.Array, w: jax.Array, scale: jax.Array, packed: bool) -> None:
     k, groups = x.shape[1], scale.shape[0]
     if k != w.shape[0] * (1 + packed) or scale.shape[1] != w.shape[1]:
         raise ValueError(f"x {x.shape}, packed weights {w.shape} and scales {scale.shape} do not fit each other")
-    if not fits(k, groups, SMALLEST_GROUP if packed else HALF):
+    if not fits(k, groups, SMALLEST_GROUP):
         raise ValueError(
-            f"{k} channels in {groups} groups: the kernel takes whole blocks of 256 and groups of a multiple of 128, "
-            "or of packed codes of 16, 32 or 64; plain_packed_matmul takes any"
+            f"{k} channels in {groups} groups: the kernel takes whole blocks of 256 in groups of 16, 32, 64 or a "
+            "multiple of 128; plain_packed_matmul takes any"
         )

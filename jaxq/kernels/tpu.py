@@ -74,7 +74,7 @@ def has_kernel(x: Integers, fmt: Format | None, kind: str, groups: int = 1) -> b
     bfloat16 that is not quantized. In groups below 128 a token takes 128 / size rows of the matrix unit, up to
     `STACKED_ROWS`; those are of 4 bits. Of int8 per channel XLA's own products are as fast on v5e and v6e."""
     rows, k = x.values.shape
-    if not isinstance(fmt, Int | Float) or not fits(k, groups, SMALLEST_GROUP if fmt.bits == 4 else HALF):
+    if not isinstance(fmt, Int | Float) or not fits(k, groups, SMALLEST_GROUP):
         return False
     integers = fmt == Int(8, fmt.symmetric) and k <= MOST_CHANNELS and (groups > 1 or kind == "TPU7x")
     if fmt.bits != 4 and fmt not in MACHINE_FLOATS and not integers:

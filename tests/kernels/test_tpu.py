@@ -78,11 +78,13 @@ def test_activations_of_8_bit_floats(activations, device):
         np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6 * float(jnp.abs(wanted).max()))
 
 
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
 @pytest.mark.parametrize("weights", EIGHT, ids=str)
-def test_groups_of_weights_of_8_bits(weights):
-    x, packed = read(Int(8)), jaxq.pack({"w": quantize_weight(W, per_group(weights, 128), (0,))})["w"]
+@pytest.mark.parametrize("activations", [Int(8), None], ids=str)
+def test_groups_of_weights_of_8_bits(activations, weights, size):
+    x, packed = read(activations), jaxq.pack({"w": quantize_weight(W, per_group(weights, size), (0,))})["w"]
     kind = "TPU v5 lite"
-    assert has_kernel(x, packed.split, kind, K // 128) and not has_kernel(x, packed.split, kind, K // 64)
+    assert has_kernel(x, packed.split, kind, K // size) and not has_kernel(x, packed.split, kind, K // 8)
     w = weight_integers(packed)
     found = packed_product(x, packed.planes[0], w, packed.split, None, kind, interpret=True)
     wanted = exact(x, packed)
@@ -158,6 +160,7 @@ RECIPES = {
     "w4a16_g128": (jaxq.quantize(GROUPED, None), jnp.bfloat16),
     "w4a8_g32": (jaxq.quantize(per_group(Int(4, symmetric=False), 32), Int(8, symmetric=False)), jnp.float32),
     "nvfp4": (jaxq.quantize(jaxq.nvfp4(), None), jnp.bfloat16),
+    "mxfp8": (jaxq.quantize(jaxq.mxfp8(), None), jnp.bfloat16),
     "w8a8_g128": (jaxq.quantize(per_group(Int(8, symmetric=False), 128), Int(8, symmetric=False)), jnp.float32),
     "fp8": (jaxq.quantize(E4M3FN, E4M3FN), jnp.float32),
 }
