@@ -62,6 +62,8 @@ PATHS = {  # weights, activations, the type of the fastest matrix units that hol
     "mxfp4a16": (jaxq.mxfp4(), None, "bfloat16"),
     "nvfp4a16": (jaxq.nvfp4(), None, "bfloat16"),
     "mxfp8a16": (jaxq.mxfp8(), None, "bfloat16"),
+    "w8a16_g32": (jaxq.per_group(Int(8), 32), None, "bfloat16"),
+    "w8a8_g32": (jaxq.per_group(Int(8), 32), jaxq.per_token(Int(8)), "int8"),
 }  # fmt: skip
 # 132 multiprocessors at 1.83 GHz, 4.8 TB/s. FP8 is multiplied in bfloat16: the tensor cores' sums of FP8 are not exact.
 H200 = Target("h200", "NVIDIA H200", {"int8": 132 * 4096, "bfloat16": 132 * 2048}, 4800 / 1.83)

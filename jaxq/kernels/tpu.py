@@ -21,6 +21,8 @@ E4M3 = {"TPU v5 lite": jnp.float8_e4m3b11fnuz, "TPU v6 lite": jnp.float8_e4m3b11
 # Beyond this the kernel of groups below 128 takes minutes to compile. At it, by the compilers' schedules, it takes as
 # long as the product with a bfloat16 weight on v5e and v6e, on v7x 1.8 times as long.
 STACKED_ROWS = 256
+# Int8, which XLA decodes in fewer steps than any float, takes longer than that by here on v5e and v6e.
+STACKED_INT8_ROWS = 192
 
 # So many products of numbers of 8 bits, zero points included, are below 2**31 in sum.
 MOST_CHANNELS = 2**15
@@ -72,14 +74,15 @@ def has_kernel(x: Integers, fmt: Format | None, kind: str, groups: int = 1) -> b
     """Whether `packed_product` multiplies [M, K] with weights of a format in so many groups: of 4 bits, or a machine's
     of 8, with integers of 8 bits or, exactly in bfloat16, what has as few significant bits; or with an activation in
     bfloat16 that is not quantized. In groups below 128 a token takes 128 / size rows of the matrix unit, up to
-    `STACKED_ROWS`; those are of 4 bits. Of int8 per channel XLA's own products are as fast on v5e and v6e."""
+    `STACKED_ROWS`, of int8 `STACKED_INT8_ROWS`. Of int8 per channel XLA's own products are as fast on v5e and v6e."""
     rows, k = x.values.shape
     if not isinstance(fmt, Int | Float) or not fits(k, groups, SMALLEST_GROUP):
         return False
     integers = fmt == Int(8, fmt.symmetric) and k <= MOST_CHANNELS and (groups > 1 or kind == "TPU7x")
     if fmt.bits != 4 and fmt not in MACHINE_FLOATS and not integers:
         return False
-    if k // groups < HALF and rows * HALF * groups // k > STACKED_ROWS:
+    most = STACKED_INT8_ROWS if integers else STACKED_ROWS
+    if k // groups < HALF and rows * HALF * groups // k > most:
         return False
     if x.bound is None:
         return x.values.dtype == jnp.bfloat16

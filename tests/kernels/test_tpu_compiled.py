@@ -35,10 +35,10 @@ def slack(name: str, target: str, rows: int) -> float:
 
     Decoding tokens a step is to wait for memory, not memory for it, except on v7x, whose memory is faster than its
     vector unit decodes. With many rows the scales of groups of 128 cost a pass over the result each, and smaller groups
-    several with few.
+    several with few; of 8 bits, whose weights take longer to read, they cost less of a step.
     """
     if name.endswith(("g32", "g16")):
-        return 4.0
+        return 2.0 if name.startswith(("w8", "fp8")) else 4.0
     if rows > 16:
         return 4.2 if name.endswith("g128") else 1.45
     return 2.2 if target == "v7x" else 1.0
