@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 
@@ -40,17 +41,21 @@ def dynamic_grid(x: jax.Array, fmt: Format, granularity: Granularity, axes: Sequ
     return grid_of_ranges(fmt, granularity, *ends(x, granularity, axes))
 
 
+@partial(jax.jit, static_argnums=(1, 2, 4))
 def quantize_activation(
-    x: jax.Array, fmt: Format, granularity: Granularity, grid: Grid | None, axes: Sequence[int]
+    x: jax.Array, fmt: Format, granularity: Granularity, grid: Grid | None, axes: tuple[int, ...]
 ) -> jax.Array:
-    """Fake-quantizes an activation; `grid` is None where the granularity is dynamic."""
+    """Fake-quantizes an activation; `grid` is None where the granularity is dynamic.
+
+    Jitted, so that a program traces and lowers it once for all its activations of one shape.
+    """
     if grid is None:
         grid = dynamic_grid(jax.lax.stop_gradient(x), fmt, granularity, axes)
     grid = grid.over(x.shape)
     return fake_quant(fmt, x, grid.scale, grid.zero, grid.mantissa)
 
 
-def apply_input(quant: InputQuant, x: jax.Array, axes: Sequence[int]) -> jax.Array:
+def apply_input(quant: InputQuant, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """What the contractions of a group read in place of the activation `x` with channel axes `axes`."""
     x = transform(x, quant.shift, quant.scale, axes)
     if quant.format is None:

@@ -67,12 +67,9 @@ def _few(rows: int, fmt: Int | Float, groups: int) -> bool:
 def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: jax.Array | None) -> Any:
     """The dtype in which a kernel reads the activation, None where there is no kernel."""
     rows, k = x.values.shape
-    if (
-        not isinstance(fmt, Int | Float)
-        or fmt.bits not in (4, 8)
-        or columns % COLUMNS
-        or not fits(k, groups, SMALLEST_GROUP)
-    ):
+    if not isinstance(fmt, Int | Float) or fmt.bits not in (4, 8):
+        return None
+    if not rows or columns % COLUMNS or not fits(k, groups, SMALLEST_GROUP):
         return None
     few = _few(rows, fmt, groups)
     if (groups > 1 and not few) or (isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT):

@@ -47,7 +47,7 @@ def hopper_quantize(
     """The values above as one kernel. `plain_hopper_quantize` is its meaning, bit for bit.
 
     Args:
-      x: [M, K] bfloat16.
+      x: [M, K] bfloat16, finite; an infinite number may come out as NaN does, as some code.
       fmt: of the codes.
       grid: scale and zero point for all of x, [1, 1]; None: each row has its own.
       shift, divisor: [K] float32, which are rounded to bfloat16.

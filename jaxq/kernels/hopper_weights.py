@@ -13,7 +13,7 @@ The cycles are fitted to times on an H200, of 4096 x 11008 and 32 to 8192 rows.
 
 A warpgroup takes 128 columns of a step's bytes from shared memory. A float's code is looked up, which byte permutation
 does in eight bytes; there is no room for both signs, but there is for what a negative number is and for by how much a
-positive one differs, and a code with its sign bit set finds no difference: see `hopper_registers.looked_up`.
+positive one differs, and a code with its sign bit set finds no difference: see `hopper_bytes.looked_up`.
 """
 
 from __future__ import annotations
