@@ -18,10 +18,11 @@ from jaxq.kernels.plain import MACHINE_FLOATS, Integers, element_scale
 # the rate of bfloat16; the older ones multiply bfloat16 by any float of 8 bits at the rate of bfloat16.
 E4M3 = {"TPU v5 lite": jnp.float8_e4m3b11fnuz, "TPU v6 lite": jnp.float8_e4m3b11fnuz, "TPU7x": jnp.float8_e4m3fn}
 
-# Beyond this the kernel of groups below 128 takes minutes to compile. At it, by the compilers' schedules, it takes as
-# long as the product with a bfloat16 weight on v5e and v6e, on v7x 1.8 times as long.
+# With twice as many the kernel of groups below 128 takes up to half a minute to compile for 4096 channels and, on v5e,
+# longer than XLA's decoding of E4M3. At it, by the compilers' schedules, it takes as long as the product with a bfloat16
+# weight on v5e and v6e, on v7x 1.8 times as long with 4 bits.
 STACKED_ROWS = 256
-# Int8, which XLA decodes in fewer steps than any float, takes longer than that by here on v5e and v6e.
+# XLA decodes int8 faster than floats, beyond this as fast as the kernel; not on v7x, where it writes what it decoded.
 STACKED_INT8_ROWS = 192
 
 # So many products of numbers of 8 bits, zero points included, are below 2**31 in sum.
@@ -74,14 +75,15 @@ def has_kernel(x: Integers, fmt: Format | None, kind: str, groups: int = 1) -> b
     """Whether `packed_product` multiplies [M, K] with weights of a format in so many groups: of 4 bits, or a machine's
     of 8, with integers of 8 bits or, exactly in bfloat16, what has as few significant bits; or with an activation in
     bfloat16 that is not quantized. In groups below 128 a token takes 128 / size rows of the matrix unit, up to
-    `STACKED_ROWS`, of int8 `STACKED_INT8_ROWS`. Of int8 per channel XLA's own products are as fast on v5e and v6e."""
+    `STACKED_ROWS`, of int8 on v5e and v6e `STACKED_INT8_ROWS`. Of int8 per channel XLA's own products are as fast on
+    v5e and v6e."""
     rows, k = x.values.shape
     if not isinstance(fmt, Int | Float) or not fits(k, groups, SMALLEST_GROUP):
         return False
     integers = fmt == Int(8, fmt.symmetric) and k <= MOST_CHANNELS and (groups > 1 or kind == "TPU7x")
     if fmt.bits != 4 and fmt not in MACHINE_FLOATS and not integers:
         return False
-    most = STACKED_INT8_ROWS if integers else STACKED_ROWS
+    most = STACKED_INT8_ROWS if integers and kind != "TPU7x" else STACKED_ROWS
     if k // groups < HALF and rows * HALF * groups // k > most:
         return False
     if x.bound is None:

@@ -149,6 +149,7 @@ def test_numbers_without_a_kernel():
     assert has_kernel(prefill, E5M2, v6e, 8) and not has_kernel(prefill, E5M2, v6e, 16)
     fewer = Integers(prefill.values[:49])
     assert has_kernel(fewer, E4M3FN, v6e, 16) and not has_kernel(fewer, Int(8), v6e, 16), "XLA decodes int8 faster"
+    assert has_kernel(fewer, Int(8), "TPU7x", 16)
     assert not has_kernel(shifted(whole, jnp.zeros((1, K), jnp.int8), 1), Int(4), v6e), "beyond 8 bits"
 
 
