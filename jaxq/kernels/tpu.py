@@ -18,9 +18,9 @@ from jaxq.kernels.plain import MACHINE_FLOATS, Integers, element_scale
 # the rate of bfloat16; the older ones multiply bfloat16 by any float of 8 bits at the rate of bfloat16.
 E4M3 = {"TPU v5 lite": jnp.float8_e4m3b11fnuz, "TPU v6 lite": jnp.float8_e4m3b11fnuz, "TPU7x": jnp.float8_e4m3fn}
 
-# With twice as many the kernel of groups below 128 takes up to half a minute to compile for 4096 channels and, on v5e,
-# longer than XLA's decoding of E4M3. At it, by the compilers' schedules, it takes as long as the product with a bfloat16
-# weight on v5e and v6e, on v7x 1.8 times as long with 4 bits.
+# With twice as many the kernel of groups below 128 takes up to 36 seconds to compile for 4096 channels and, on v5e,
+# longer than XLA's decoding of E4M3. At it, by the compilers' schedules, it takes as long as the product with a
+# bfloat16 weight on v5e and v6e, on v7x 1.8 times as long with 4 bits.
 STACKED_ROWS = 256
 # XLA decodes int8 faster than floats, beyond this as fast as the kernel; not on v7x, where it writes what it decoded.
 STACKED_INT8_ROWS = 192
