@@ -78,7 +78,7 @@ def test_activations_of_8_bit_floats(activations, device):
         np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6 * float(jnp.abs(wanted).max()))
 
 
-@pytest.mark.parametrize("size", [16, 32, 64, 128])
+@pytest.mark.parametrize("size", [32, 128, *(pytest.param(size, marks=pytest.mark.slow) for size in (16, 64))])
 @pytest.mark.parametrize("weights", EIGHT, ids=str)
 @pytest.mark.parametrize("activations", [Int(8), None], ids=str)
 def test_groups_of_weights_of_8_bits(activations, weights, size):
