@@ -63,27 +63,28 @@ def h200() -> jax.Device:
     return topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices[0]
 
 
-def compiled(function: Any, rows: int, k: int, depth: int, n: int, groups: int, zeros: bool) -> jax.stages.Compiled:
-    """A function of x, packed weights, scales and zero points, for an H200."""
+def compiled(function: Any, *given: Any, **named: Any) -> jax.stages.Compiled:
+    """A function of arrays of these shapes (trees of `jax.ShapeDtypeStruct`), for an H200."""
     on = SingleDeviceSharding(h200())
-    shapes = [((rows, k), jnp.bfloat16), ((depth, n), jnp.uint8), *[((groups, n), jnp.float32)] * (1 + zeros)]
-    given = [jax.ShapeDtypeStruct(*shape, sharding=on) for shape in shapes]
+    given, named = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on), (given, named))
     device = AbstractDevice("NVIDIA H200", None, "gpu")
     with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Explicit,), abstract_device=device)):
-        return jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",)).compile(UNTUNED)
+        return jax.jit(function).trace(*given, **named).lower(lowering_platforms=("cuda",)).compile(UNTUNED)
 
 
 def row(name: str, rows: int, k: int, n: int, dump: Path, plain: bool) -> dict:
     """One row of the table."""
     fmt, groups = FORMATS[name.removesuffix("_g128")], k // 128 if name.endswith("g128") else 1
-    depth, zeros = k * fmt.bits // 8, not fmt.symmetric
+    depth = k * fmt.bits // 8
     for file in dump.iterdir():
         file.unlink()
 
     def product(x: jax.Array, w: jax.Array, scale: jax.Array, zero: jax.Array | None = None) -> jax.Array:
         return hopper_matmul(x, w, scale, fmt, zero=zero, dtype=jnp.bfloat16)
 
-    memory = compiled(product, rows, k, depth, n, groups, zeros).memory_analysis()
+    x, w, scale = (((rows, k), jnp.bfloat16), ((depth, n), jnp.uint8), ((groups, n), jnp.float32))
+    given = [jax.ShapeDtypeStruct(*shape) for shape in (x, w, scale, *[scale] * (not fmt.symmetric))]
+    memory = compiled(product, *given).memory_analysis()
     ptx, log, sass = (next(dump.glob(f"*.{kind}")).read_text() for kind in ("ptx", "ptxas", "sass_ctrl"))
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
@@ -97,7 +98,7 @@ def row(name: str, rows: int, k: int, n: int, dump: Path, plain: bool) -> dict:
         "alu": round(expanding * fmt.bits / 1024, 2),
     }  # fmt: skip
     if plain:
-        meaning = compiled(partial(plain_hopper_matmul, fmt=fmt), rows, k, depth, n, groups, False)
+        meaning = compiled(partial(plain_hopper_matmul, fmt=fmt), *given[:3])
         result["plain"] = meaning.memory_analysis().temp_size_in_bytes
     return result
 

@@ -21,8 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from compiled_rows import show
-from gpu_compiled import FORMATS, UNTUNED, h200, prepare
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
+from gpu_compiled import FORMATS, compiled, prepare
 from sass import multiplying_loop, overwritten
 
 from jaxq.kernels import hopper_many
@@ -35,23 +34,20 @@ def row(name: str, rows: int, k: int, n: int, dump: Path, vectors: bool) -> dict
     """One row of the table; `vectors` are those of the rows, and zero points of both sides."""
     fmt = FORMATS[name.removeprefix("int8_")]
     dtype = jnp.dtype(jnp.int8 if name.startswith("int8_") else jnp.bfloat16)
-    on = SingleDeviceSharding(h200())
     shapes = {"x": ((rows, k), dtype), "w": ((k * fmt.bits // 8, n), jnp.uint8), "scale": ((n,), jnp.float32)}
     if not fmt.symmetric and dtype == jnp.bfloat16:
         shapes["zero"] = (n,), jnp.float32
     if vectors:
         shapes |= {"row": ((rows,), jnp.float32), "left": ((2, rows), jnp.float32), "right": ((2, n), jnp.float32)}
-    given = {name: jax.ShapeDtypeStruct(*shape, sharding=on) for name, shape in shapes.items()}
+    given = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
     for file in dump.iterdir():
         file.unlink()
 
     product: Any = partial(hopper_many.hopper_many, fmt=fmt, dtype=jnp.bfloat16)
-    device = AbstractDevice("NVIDIA H200", None, "gpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Explicit,), abstract_device=device)):
-        compiled = jax.jit(product).trace(**given).lower(lowering_platforms=("cuda",)).compile(UNTUNED)
+    memory = compiled(product, **given).memory_analysis()
     ptx, log, sass = (next(dump.glob(f"*.{kind}")).read_text() for kind in ("ptx", "ptxas", "sass_ctrl"))
-    spilled, memory = re.findall(r"(\d+) bytes spill", log), compiled.memory_analysis()
-    assert spilled and memory, log
+    spilled = re.findall(r"(\d+) bytes spill", log)
+    assert spilled, log
     made, loop = hopper_many.weights(fmt, dtype), multiplying_loop(sass)
     codes = made.depth * 8 // fmt.bits
     expanding = sum(bool(re.match(r"(?:LOP3|SHF|PRMT|IMAD|HMUL2|HFMA2)\b", text)) for text in loop)

@@ -19,8 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from compiled_rows import show
-from gpu_compiled import UNTUNED, h200, prepare
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
+from gpu_compiled import compiled, prepare
 
 from jaxq.formats import Int
 from jaxq.kernels.hopper_quantize import hopper_quantize, tiles
@@ -29,18 +28,14 @@ from jaxq.qtensor import Grid
 KINDS = [f"{sign}8{static}_vectors" for sign in ("int", "uint") for static in ("", "_static")]
 
 
-def compiled(kind: str, m: int, k: int) -> jax.stages.Compiled:
+def program(kind: str, m: int, k: int) -> jax.stages.Compiled:
     name, *options = kind.split("_")
     fmt = Int(int(name[-1]), symmetric=not name.startswith("u"))
-    on = SingleDeviceSharding(h200())
-    one, vector = (jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on) for shape in ((1, 1), (k,)))
+    one, vector = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 1), (k,)))
     grid = Grid(one, None if fmt.symmetric else one) if "static" in options else None
     vectors = [vector, vector] if "vectors" in options else []
-    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16, sharding=on)
-    device = AbstractDevice("NVIDIA H200", None, "gpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Explicit,), abstract_device=device)):
-        traced = jax.jit(lambda x, grid, *vectors: hopper_quantize(x, fmt, grid, *vectors)).trace(x, grid, *vectors)
-        return traced.lower(lowering_platforms=("cuda",)).compile(UNTUNED)
+    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+    return compiled(lambda x, grid, *vectors: hopper_quantize(x, fmt, grid, *vectors), x, grid, *vectors)
 
 
 def loop(sass: str) -> int:
@@ -55,7 +50,7 @@ def row(kind: str, m: int, k: int, dump: Path) -> dict:
     """One row of the table."""
     for file in dump.iterdir():
         file.unlink()
-    compiled(kind, m, k)
+    program(kind, m, k)
     log, sass = (next(dump.glob(f"*.{ending}")).read_text() for ending in ("ptxas", "sass_ctrl"))
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)

@@ -20,6 +20,7 @@ from jaxlib.mlir.dialects import arith, llvm, math, memref, vector
 
 from jaxq.formats import Int
 from jaxq.formats.integer import WHOLE
+from jaxq.kernels.hopper_registers import element
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
 WARPS = 4  # of a warpgroup
@@ -39,7 +40,7 @@ def reciprocal(b: jax.Array, layout: Any) -> jax.Array:
     """`1 / b`, float32 of one dimension, as IEEE has it."""
 
     def each(b: Any) -> Any:
-        found = [_ptx("rcp.rn.f32", ir.F32Type.get(), _element(b, i)) for i in range(ir.VectorType(b.type).shape[0])]
+        found = [_ptx("rcp.rn.f32", ir.F32Type.get(), element(b, i)) for i in range(ir.VectorType(b.type).shape[0])]
         return vector.from_elements(b.type, found)
 
     def run(_: Any, b: Any) -> Any:
@@ -86,7 +87,7 @@ def ends(rows: Sequence[Sequence[jax.Array]], scratch: Any, layout: Any) -> list
         found = []
         for r in range(len(rows)):
             parts = vector.load(ir.VectorType.get((WARPS,), word), scratch, [utils.c(WARPS * r, index)])
-            negated, high = _floats(_tree("max.NaN", [_element(parts, i) for i in range(WARPS)]))
+            negated, high = _floats(_tree("max.NaN", [element(parts, i) for i in range(WARPS)]))
             found += [_scalar(arith.negf(negated)), _scalar(high)]
         return found
 
@@ -189,7 +190,7 @@ def _words(a: Any) -> list:
     (register,) = a.registers.flat
     count = ir.VectorType(register.type).shape[0] // 2
     words = utils.bitcast(register, ir.VectorType.get((count,), ir.IntegerType.get_signless(32)))
-    return [_element(words, i) for i in range(count)]
+    return [element(words, i) for i in range(count)]
 
 
 def _floats(word: Any) -> tuple[Any, Any]:
@@ -198,9 +199,9 @@ def _floats(word: Any) -> tuple[Any, Any]:
     return utils.bitcast(lower, ir.F32Type.get()), utils.bitcast(upper, ir.F32Type.get())
 
 
-def _vector(words: Sequence[Any], element: Any) -> Any:
+def _vector(words: Sequence[Any], kind: Any) -> Any:
     together = vector.from_elements(ir.VectorType.get((len(words),), words[0].type), words)
-    return utils.bitcast(together, ir.VectorType.get((len(words) * 32 // utils.bitwidth(element),), element))
+    return utils.bitcast(together, ir.VectorType.get((len(words) * 32 // utils.bitwidth(kind),), kind))
 
 
 def _array(registers: list, layout: Any, signed: bool | None = None) -> Any:
@@ -209,10 +210,6 @@ def _array(registers: list, layout: Any, signed: bool | None = None) -> Any:
 
 def _scalar(value: Any) -> Any:
     return mgpu.FragmentedArray.splat(value, ())
-
-
-def _element(v: Any, i: int) -> Any:
-    return vector.extract(v, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
 
 
 def _word(value: int) -> Any:

@@ -82,7 +82,7 @@ def result(sums: jax.Array) -> jax.Array:
         held = sums.reshape(2, rows // 8, 2)  # [a, g, b], two numbers in each, h
         found = np.empty((rows // 8, 2), object)  # [g, h]
         for g, h in np.ndindex(found.shape):
-            found[g, h] = vector.from_elements(four, [_element(held[a, g, b], h) for a in (0, 1) for b in (0, 1)])
+            found[g, h] = vector.from_elements(four, [element(held[a, g, b], h) for a in (0, 1) for b in (0, 1)])
         return found
 
     return moved(move, [sums], FRAGMENTS, (rows, COLUMNS), sums.dtype, BYTES)
@@ -96,7 +96,7 @@ def columns(numbers: jax.Array) -> jax.Array:
         one = ir.VectorType.get((1,), ir.F32Type.get())
         found = np.empty((2, 2), object)  # [a, b]
         for a, b in np.ndindex(found.shape):
-            found[a, b] = vector.from_elements(one, [_element(four, 2 * a + b)])
+            found[a, b] = vector.from_elements(one, [element(four, 2 * a + b)])
         return found
 
     return moved(move, [numbers], BYTES.reduce(0), (COLUMNS,), jnp.float32, ROWS)
@@ -114,7 +114,7 @@ def less(numbers: jax.Array, factor: float, taken: Sequence[jax.Array]) -> jax.A
         by = utils.c(int(np.float32(factor).view(np.uint32) >> 16) * 0x10001, word)
         found = numbers.reshape(2, DEPTH // 8, 2).copy()  # [a, g, b]
         for group, a, b in np.ndindex(len(less), 2, 2):
-            one = _element(less[group].reshape(2, 2)[a, b], 0)
+            one = element(less[group].reshape(2, 2)[a, b], 0)
             both = _asm("cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", one)
             for g in _part(DEPTH // 8, group, len(less)):
                 given = utils.bitcast(found[a, g, b], word)
@@ -139,13 +139,13 @@ def multiplied(sums: jax.Array, numbers: jax.Array, x: jax.Array, factors: Seque
         found, numbers, x = (a.reshape(shape) for a, shape in zip((sums, numbers, x), shapes))
         found = found.copy()
         for group, a, r in np.ndindex(max(len(factors), 1), 2, rows // 8):
-            held = [_element(found[a, r, b], h) for b in (0, 1) for h in (0, 1)]
+            held = [element(found[a, r, b], h) for b in (0, 1) for h in (0, 1)]
             four = [utils.c(0.0, ir.F32Type.get())] * 4 if factors else held
             for j in _part(DEPTH // 16, group, max(len(factors), 1)):
                 left = [numbers[a, 2 * j + high, b] for high in (0, 1) for b in (0, 1)]
                 four = _multiply_add(four, left, [x[r, 2 * j], x[r, 2 * j + 1]])
             if factors:
-                by = [_element(factors[group].reshape(2, 2)[a, b], 0) for b in (0, 1)]
+                by = [element(factors[group].reshape(2, 2)[a, b], 0) for b in (0, 1)]
                 four = [math.fma(part, by[i // 2], held[i]) for i, part in enumerate(four)]
             for b in (0, 1):
                 pair = ir.VectorType.get((2,), ir.F32Type.get())
@@ -201,7 +201,7 @@ def store_rows(out: Any, y: jax.Array, count: Any) -> None:
             below = 8 * g + h
             to = utils.getelementptr(start, [below * stride], y.mlir_dtype)
             held = utils.bitcast(four, ir.VectorType.get((words,), word))
-            given = [left, to, *(_element(held, i) for i in range(words))]
+            given = [left, to, *(element(held, i) for i in range(words))]
             asm = f"{{ .reg .pred p; setp.gt.s32 p, $0, {below}; @p st.global.v{words}.b32 [$1], {{{values}}}; }}"
             constraints = ",".join(["r", "l", *"r" * words])
             llvm.inline_asm(ir.Type.parse("!llvm.void"), given, asm, constraints, has_side_effects=True)
@@ -235,9 +235,10 @@ def _asm(text: str, constraints: str, *given: Any) -> Any:
     return llvm.inline_asm(ir.IntegerType.get_signless(32), given, text, constraints)
 
 
-def as_vector(register: Any, element: Any, length: int) -> Any:
-    return utils.bitcast(register, ir.VectorType.get((length,), element))
+def as_vector(register: Any, kind: Any, length: int) -> Any:
+    return utils.bitcast(register, ir.VectorType.get((length,), kind))
 
 
-def _element(register: Any, i: int) -> Any:
+def element(register: Any, i: int) -> Any:
+    """A number of a vector."""
     return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
