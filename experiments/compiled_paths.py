@@ -5,12 +5,12 @@
 
 `execute` runs a product of [rows, 4096] with [4096, 4096], the activation and the result in bfloat16, compiled ahead of
 time; with --xla without kernels. Columns: `by`, Pallas (the kernel of `jaxq.kernels.packed_matmul`) or XLA;
-`temporary`, bytes of device memory beside arguments and result; `moved`, bytes that the program's operations read from device memory and write to it, a
-buffer that the compiler keeps on the chip not counted; `bytes`, `moved` over the bytes of arguments and result, which
-is the floor; `bundles`, of a TPU, the instruction bundles that all operations run through in their final schedules,
-which wait neither for memory nor for a matrix unit (the compiler's own estimates of cycles are up to twice as many);
-`floor`, the cycles that the matrix units or the memory take at least, whichever is more. Nothing here is a measured
-time.
+`temporary`, bytes of device memory beside arguments and result; `moved`, bytes that the program's operations read from
+device memory and write to it, a buffer that the compiler keeps on the chip not counted; `bytes`, `moved` over the bytes
+of arguments and result, which is the floor; `bundles`, of a TPU, the instruction bundles that all operations run
+through in their final schedules, which wait neither for memory nor for a matrix unit (the compiler's own estimates of
+cycles are up to twice as many); `floor`, the cycles that the matrix units or the memory take at least, whichever is
+more. Nothing here is a measured time.
 """
 
 from __future__ import annotations
