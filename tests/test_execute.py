@@ -343,7 +343,8 @@ SHARDED = """
 
 def test_runs_sharded_over_eight_devices():
     root = Path(__file__).parents[1]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(root)}
+    eight = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = {**os.environ, **eight, "PYTHONPATH": str(root)}
     code = textwrap.dedent(SHARDED)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

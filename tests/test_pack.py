@@ -329,7 +329,7 @@ def test_saved_and_loaded(quantized, tmp_path):
 def test_exported_with_the_tree_as_argument(quantized):
     pytest.importorskip("flatbuffers", reason="jax.export serializes with flatbuffers, which JAX does not install")
     packed, run = jaxq.pack(quantized), jax.jit(jaxq.execute(mlp))
-    data = jax.export.export(run, platforms=("cpu", "tpu"))(packed, X).serialize()
+    data = jax.export.export(run, platforms=("cpu", "tpu", "cuda"))(packed, X).serialize()
     np.testing.assert_array_equal(jax.export.deserialize(data).call(packed, X), run(packed, X))
 
 

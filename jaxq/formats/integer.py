@@ -83,10 +83,14 @@ def narrow(x: jax.Array, dtype: Any) -> jax.Array:
 
     On GPUs and TPUs by one addition: XLA's conversion takes many instructions, to saturate what does not fit. So, now
     and then, does a GPU's conversion of integers: it is given none.
+
+    The low byte of the sum is the code with its highest bit flipped, which an exclusive or undoes. Without an integer's
+    operation in between, CUDA 13.0's ptxas takes the store of a float32's low byte for a saturating conversion of the
+    float32 (13.1's does not): every code came out as 255.
     """
     if not on_accelerator():
         return x.astype(dtype)
-    bits = jax.lax.bitcast_convert_type(x + jnp.float32(WHOLE), jnp.int32)
+    bits = jax.lax.bitcast_convert_type(x + jnp.float32(WHOLE + 128), jnp.int32) ^ 128
     return (((bits << 24) >> 24) if jnp.issubdtype(dtype, jnp.signedinteger) else bits & 255).astype(dtype)
 
 

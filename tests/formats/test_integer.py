@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxq.formats import SMALLEST_SCALE, Int, decode, encode, fake_quant, grid_from_range
+from jaxq.formats import SMALLEST_SCALE, Int, decode, encode, fake_quant, grid_from_range, integer
 
 GOLDEN = Path(__file__).resolve().parents[2] / "../shared/goldens/fakequant_int.npz"
 FORMATS = [Int(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False)]
@@ -60,6 +60,16 @@ def test_every_code_survives_decoding_and_encoding(fmt, jit):
         again = encode_(fmt, every, scales, zero)
         np.testing.assert_array_equal(again, jnp.broadcast_to(codes, again.shape))
         assert_same_bits(fake_quant(fmt, every, scales, zero), every)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
+@pytest.mark.parametrize("jit", [False, True])
+def test_accelerators_narrow_whole_numbers_by_their_bits(dtype, jit, monkeypatch):
+    monkeypatch.setattr(integer, "on_accelerator", lambda: True)
+    every = np.arange(jnp.iinfo(dtype).min, jnp.iinfo(dtype).max + 1)
+    narrow = jax.jit(integer.narrow, static_argnums=1) if jit else integer.narrow
+    found = narrow(jnp.asarray(every, jnp.float32), dtype)
+    assert found.dtype == dtype and np.array_equal(found, every)
 
 
 def test_all_codes_of_each_format_are_reached():
