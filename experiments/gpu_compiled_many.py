@@ -3,10 +3,11 @@
     python experiments/gpu_compiled_many.py [--rows 64 2048] [--kernels int4 int8_int4 ...] [--shapes 4096x4096 ...]
 
 Columns that are not there or mean something else: `kernel`, the weight's format, with int8_ before it where
-activations are int8; `tile`, rows of a block and parts that K is cut into; `wgmma`, matrix instructions of one step in
-PTX, and `gmma` in machine code; `serialized`, whether ptxas warns that it waits for each of them; `registers`, the most
-that a thread uses; `overwritten`, instructions that write registers of a product under way; `alu`, the expanding
-instructions of a step for each code that a thread expands. Nothing here is a measured time.
+activations are int8; `tile`, slices of 64 columns of a warpgroup, rows of a block and parts that K is cut into;
+`depth`, of a step, in rows of packed bytes; `wgmma`, matrix instructions of one step in PTX, and `gmma` in machine
+code; `serialized`, whether ptxas warns that it waits for each of them; `registers`, the most that a thread uses;
+`spilled`, instructions of a step that keep them in memory; `overwritten`, those that write registers of a product under
+way; `alu`, the expanding instructions of a step for each code that a thread expands. Nothing here is a measured time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from sass import multiplying_loop, overwritten
 
 from jaxq.kernels import hopper_many
 from jaxq.kernels.gpu import in_int8
+from jaxq.kernels.hopper_columns import SLICE
 
 KERNELS = [*FORMATS, *(f"int8_{name}" for name, fmt in FORMATS.items() if in_int8(fmt))]
 
@@ -46,18 +48,18 @@ def row(name: str, rows: int, k: int, n: int, dump: Path, vectors: bool) -> dict
     product: Any = partial(hopper_many.hopper_many, fmt=fmt, dtype=jnp.bfloat16)
     memory = compiled(product, **given).memory_analysis()
     ptx, log, sass = (next(dump.glob(f"*.{kind}")).read_text() for kind in ("ptx", "ptxas", "sass_ctrl"))
-    spilled = re.findall(r"(\d+) bytes spill", log)
-    assert spilled, log
     made, loop = hopper_many.weights(fmt, dtype), multiplying_loop(sass)
-    codes = made.depth * 8 // fmt.bits
+    tile = slices, of_tile, _ = hopper_many.tiles(rows, shapes["w"][0][0], n, made)
+    depth = hopper_many.step_depth(made, 8 // fmt.bits, slices, of_tile, dtype.itemsize)
+    codes = depth * SLICE * slices * 8 // fmt.bits // 128  # that a thread expands
     expanding = sum(bool(re.match(r"(?:LOP3|SHF|PRMT|IMAD|HMUL2|HFMA2)\b", text)) for text in loop)
     return {
         "kernel": name, "rows": rows, "K": k, "N": n,
-        "tile": hopper_many.tiles(rows, shapes["w"][0][0], n, made),
+        "tile": tile, "depth": depth,
         "temporary": memory.temp_size_in_bytes, "weight": 2 * k * n,
         "wgmma": ptx.count("wgmma.mma_async"), "gmma": len(re.findall(r"\s[HI]GMMA\.", sass)),
         "registers": 1 + max(map(int, re.findall(r"\bR(\d+)\b", sass))),
-        "spilled": sum(map(int, spilled)), "serialized": "serialized" in log,
+        "spilled": sum(bool(re.match(r"(?:LDL|STL)\b", text)) for text in loop), "serialized": "serialized" in log,
         "overwritten": len(overwritten(loop)), "alu": round(expanding / codes, 2),
     }  # fmt: skip
 
@@ -67,7 +69,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", type=int, default=[64, 2048])
     parser.add_argument("--kernels", nargs="*", default=KERNELS, choices=KERNELS)
     parser.add_argument("--shapes", nargs="*", default=["4096x4096"], help="KxN")
-    parser.add_argument("--tile", nargs=2, type=int, help="other than the kernel's own choice")
+    parser.add_argument("--tile", nargs=3, type=int, help="other than the kernel's own choice")
     parser.add_argument("--vectors", action="store_true", help="with scales of rows and zero points of both sides")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each row")
     parser.add_argument("--keep", type=Path, help="a folder for the last kernel's PTX and SASS")

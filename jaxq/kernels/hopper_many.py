@@ -31,27 +31,36 @@ from jaxq.formats import Float, Int
 from jaxq.kernels import hopper_registers as registers
 from jaxq.kernels.expansion import packed_values
 from jaxq.kernels.gpu import COLUMNS
+from jaxq.kernels.hopper_columns import RESULT, SLICE, per_row, result
 from jaxq.kernels.hopper_matmul import NO_INDEX
 from jaxq.kernels.hopper_weights import Weights, weights
 from jaxq.kernels.layout import BLOCK, HALF, fits
 
 MULTIPLYING = 2  # warpgroups of a block
-WIDTH = MULTIPLYING * COLUMNS  # of a block
-SHARED = 220 << 10  # bytes of shared memory of a block, for its steps under way
+SHARED = 226 << 10  # bytes of shared memory of a block, for its steps under way
+UNDER_WAY = 3  # steps at least, if deeper ones are to be taken
 PROCESSORS = 132
 ABREAST = 12  # tiles of rows that blocks work on at a time
-MOST_ROWS = 128  # of a tile, whose sums then take half of the registers
+MOST_SUMS = 256  # of a warpgroup's 64 columns, or half of 128 columns', whose sums then take half of the registers
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one product: [m, k] by [k, n] in tiles of `rows`, and K in `splits` parts of `steps` steps."""
+    """Of one product: [m, k] by [k, n] in tiles of `rows` and of 64 columns for a warpgroup, or `slices` times that, and
+    K in `splits` parts of `steps` steps of `depth` rows of packed bytes."""
 
     m: int
     n: int
+    slices: int
     rows: int
     splits: int
+    depth: int
     steps: int
+
+    @property
+    def columns(self) -> int:
+        """Of a warpgroup."""
+        return SLICE * self.slices
 
     @property
     def down(self) -> int:
@@ -59,7 +68,7 @@ class Shape:
 
     @property
     def across(self) -> int:
-        return -(-self.n // WIDTH)
+        return -(-self.n // (MULTIPLYING * self.columns))
 
 
 def hopper_many(
@@ -100,8 +109,10 @@ def hopper_many(
             f"x {x.shape}, packed weights {w.shape} of {fmt}, scales {scale.shape}: the kernel takes x [M, K], weights "
             "[K * bits / 8, N] and scales [N], K in blocks of 256 and N in multiples of 128"
         )
-    rows, splits = tiles(m, w.shape[0], n, made)
-    shape = Shape(m, n, rows, splits, -(-w.shape[0] // made.depth // splits))
+    slices, rows, splits = tiles(m, w.shape[0], n, made)
+    codes = 8 // fmt.bits
+    depth = step_depth(made, codes, slices, rows, x.dtype.itemsize)
+    shape = Shape(m, n, slices, rows, splits, depth, -(-w.shape[0] // depth // splits))
 
     def of_rows(vectors: jax.Array | None) -> jax.Array | None:
         return None if vectors is None else jnp.pad(vectors, ((0, 0), (0, shape.down * rows - m)))
@@ -111,7 +122,7 @@ def hopper_many(
     of |= {"row": of_rows(None if row is None else row[None]), "left": of_rows(left), "sums": of_rows(summed)}
     of = {name: vectors for name, vectors in of.items() if vectors is not None}
     y = plgpu.kernel(
-        partial(_kernel, names=tuple(of), made=made, codes=8 // fmt.bits, shape=shape),
+        partial(_kernel, names=tuple(of), made=made, codes=codes, shape=shape),
         out_type=jax.ShapeDtypeStruct((splits, m, n), dtype if splits == 1 else jnp.float32),
         grid=(min(shape.down * shape.across * splits, PROCESSORS),),
         grid_names=("block",),
@@ -122,26 +133,42 @@ def hopper_many(
     return y[0] if splits == 1 else y.sum(0).astype(dtype)
 
 
-def tiles(m: int, depth: int, n: int, made: Weights) -> tuple[int, int]:
-    """How many rows of x a block multiplies at a time, and into how many parts K is cut, for weights of `depth` bytes a
-    column: what should take the fewest cycles. That of a tile's end, and of adding up parts, are as measured, too."""
+def tiles(m: int, depth: int, n: int, made: Weights) -> tuple[int, int, int]:
+    """How many slices of 64 columns a warpgroup multiplies at a time, how many rows of x a block, and into how many parts
+    K is cut, for weights of `depth` bytes a column: what should take the fewest cycles. That of a tile's end, and of
+    adding up parts, are as measured, too."""
     steps, (step, row) = depth // made.depth, made.cycles
 
-    def cycles(choice: tuple[int, int]) -> float:
-        rows, splits = choice
-        rounds = -(-(-(-m // rows) * -(-n // WIDTH) * splits) // PROCESSORS)
-        work = rounds * (-(-steps // splits) * (step + row * rows) + 3000)
+    def cycles(choice: tuple[int, int, int]) -> float:
+        slices, rows, splits = choice
+        rounds = -(-(-(-m // rows) * -(-n // (MULTIPLYING * SLICE * slices)) * splits) // PROCESSORS)
+        work = rounds * (-(-steps // splits) * slices * (step + row * rows) + 3000)
         return work + (m * n * splits / 540 + 2000 if splits > 1 else 0)
 
     each = 16 if made.sums == jnp.int32 else 8  # what the tensor cores take
-    rows, splits = min(product(range(each, MOST_ROWS + 1, each), range(1, min(8, steps // 2) + 1)), key=cycles)
-    return rows, -(-steps // -(-steps // splits))
+    rows = [(slices, rows) for slices in (1, 2) for rows in range(each, MOST_SUMS // slices + 1, each)]
+    choices = ((*tile, splits) for tile in rows for splits in range(1, min(8, steps // 2) + 1))
+    slices, rows, splits = min(choices, key=cycles)
+    return slices, rows, -(-steps // -(-steps // splits))
+
+
+def step_bytes(depth: int, codes: int, slices: int, rows: int, itemsize: int) -> int:
+    """Of shared memory."""
+    return depth * (MULTIPLYING * SLICE * slices + codes * rows * itemsize)
+
+
+def step_depth(made: Weights, codes: int, slices: int, rows: int, itemsize: int) -> int:
+    """How many rows of packed bytes a step has: what is expanded at once, or twice that, so that one half is expanded
+    while the other is multiplied; channels of successive bytes are to be successive, too."""
+    twice = 2 * made.depth
+    fits = step_bytes(twice, codes, slices, rows, itemsize) * UNDER_WAY <= SHARED
+    return twice if fits and (codes == 1 or twice <= HALF) else made.depth
 
 
 def _kernel(x: Any, w: Any, *rest: Any, names: tuple[str, ...], made: Weights, codes: int, shape: Shape) -> None:
     *vectors, out = rest
-    of, operands, own = dict(zip(names, vectors)), [w, *[x] * codes], lax.axis_index("warpgroup") * COLUMNS
-    rows, down, across = shape.rows, shape.down, shape.across
+    of, operands, warpgroup = dict(zip(names, vectors)), [w, *[x] * codes], lax.axis_index("warpgroup")
+    rows, down, across, width = shape.rows, shape.down, shape.across, shape.columns
 
     def blocks(**allocations: Any) -> None:
         @plgpu.nd_loop((shape.splits * down * across,), collective_axes="block")
@@ -149,43 +176,44 @@ def _kernel(x: Any, w: Any, *rest: Any, names: tuple[str, ...], made: Weights, c
             (number,) = at.index
             split, number = lax.div(number, down * across), lax.rem(number, down * across)
             i, j = plgpu.planar_snake(number, (down, across), 0, ABREAST)
-            column = j * WIDTH + own
+            column = (j * MULTIPLYING + warpgroup) * width
 
             def multiply(pipeline: Any) -> None:
                 def scoped(sums: Any) -> None:
                     zeros = None
                     if "zero" in of:
-                        here = of["zero"].at[0, pl.ds(jnp.minimum(column, shape.n - COLUMNS), COLUMNS)]
-                        zeros = plgpu.load(here, *NO_INDEX, layout=registers.BYTES.reduce(0), optimized=False)
-                        zeros = registers.columns(zeros) * jnp.float32(made.unit)
+                        here = of["zero"].at[0, pl.ds(jnp.minimum(column, shape.n - width), width)]
+                        zeros = plgpu.load(here, *NO_INDEX, layout=RESULT.reduce(0), optimized=False)
+                        zeros = per_row(zeros) * jnp.float32(made.unit)
                     pipeline((sums, zeros))
 
                     @pl.when(column < shape.n)
                     def _() -> None:
-                        found = registers.result(sums[...])
-                        y = _finished(found, of, made, split, pl.ds(i * rows, rows), pl.ds(column, COLUMNS))
-                        to = out.at[split, pl.ds(i * rows, rows), pl.ds(column, COLUMNS)]
-                        registers.store_rows(to, y.astype(out.dtype), shape.m - i * rows)
+                        found = result(sums[...])
+                        y = _finished(found, of, made, split, pl.ds(i * rows, rows), pl.ds(column, width))
+                        to = out.at[split, pl.ds(i * rows, rows), pl.ds(column, width)]
+                        registers.store_rows(to, y.astype(out.dtype), shape.m - i * rows, RESULT)
 
-                pl.run_scoped(scoped, plgpu.WGMMAAccumulatorRef((COLUMNS, rows), made.sums))
+                pl.run_scoped(scoped, plgpu.WGMMAAccumulatorRef((width, rows), made.sums))
 
-            _pipeline(made, codes, shape, own, (split, i, j), x.dtype, multiply)(*operands, allocations=allocations)
+            _pipeline(made, codes, shape, (split, i, j), x.dtype, multiply)(*operands, allocations=allocations)
 
-    somewhere = _pipeline(made, codes, shape, own, (0, 0, 0), x.dtype, lambda _: None)
+    somewhere = _pipeline(made, codes, shape, (0, 0, 0), x.dtype, lambda _: None)
     pl.run_scoped(blocks, **somewhere.get_allocations(*operands), collective_axes="warpgroup")
 
 
 def _pipeline(
-    made: Weights, codes: int, shape: Shape, own: Any, tile: tuple, dtype: Any, context: Callable[[Any], None]
+    made: Weights, codes: int, shape: Shape, tile: tuple, dtype: Any, context: Callable[[Any], None]
 ) -> Any:
     """The steps of a tile (split, i, j) of the result."""
-    (split, i, j), depth, steps = tile, made.depth, shape.steps
+    (split, i, j), depth, steps, width = tile, shape.depth, shape.steps, MULTIPLYING * shape.columns
 
     def body(_: Any, part: Any, *rest: Any) -> Any:
         *x_parts, (sums, zeros) = rest
-        right = [x_part.at[:, at : at + made.wide] for x_part in x_parts for at in range(0, depth, made.wide)]
-        for fragments, x_part in zip(made.fragments(part, own, zeros), right):
-            plgpu.wgmma(sums, fragments, x_part.transpose((1, 0)))
+        for at in range(0, depth, made.depth):
+            here = pl.ds(at, made.depth)
+            for fragment, x_part in zip(made.fragments(part.at[here], zeros), x_parts):
+                plgpu.wgmma(sums, fragment, x_part.at[:, here].transpose((1, 0)))
         # All of them: over the end of a loop's body the compiler does not keep the registers of one that is under way.
         plgpu.wgmma_wait(0)
         return sums, zeros
@@ -196,12 +224,12 @@ def _pipeline(
         return i, (byte if codes == 1 else byte // HALF * BLOCK + code * HALF + byte % HALF) // depth
 
     x_specs = [_spec((shape.rows, depth), partial(of_x, code), dtype) for code in range(codes)]
-    step_bytes = depth * (WIDTH + codes * shape.rows * dtype.itemsize)
+    each = step_bytes(depth, codes, shape.slices, shape.rows, dtype.itemsize)
     return plgpu.emit_pipeline_warp_specialized(
         body,
         grid=(steps,),
-        in_specs=[_spec((depth, WIDTH), lambda step: (split * steps + step, j), jnp.dtype(jnp.uint8)), *x_specs],
-        max_concurrent_steps=min(SHARED // step_bytes, steps),
+        in_specs=[_spec((depth, width), lambda step: (split * steps + step, j), jnp.dtype(jnp.uint8)), *x_specs],
+        max_concurrent_steps=min(SHARED // each, steps),
         num_compute_wgs=MULTIPLYING,
         memory_registers=40,
         wg_axis="warpgroup",
@@ -220,8 +248,8 @@ def _finished(sums: jax.Array, of: dict[str, Any], made: Weights, split: Any, ro
 
     def vector(name: str, i: int, axis: int) -> jax.Array:
         ref = of[name].at[i, (rows, columns)[axis]]
-        found = plgpu.load(ref, *NO_INDEX, layout=registers.BYTES.reduce(1 - axis), optimized=False)
-        return plgpu.layout_cast(lax.broadcast_in_dim(found, sums.shape, (axis,)), registers.BYTES)
+        found = plgpu.load(ref, *NO_INDEX, layout=RESULT.reduce(1 - axis), optimized=False)
+        return plgpu.layout_cast(lax.broadcast_in_dim(found, sums.shape, (axis,)), RESULT)
 
     if "sums" in of:  # of x, which the bias was multiplied with
         sums = sums - vector("sums", 0, 0) * jnp.where(split == 0, jnp.int32(made.bias), jnp.int32(0))

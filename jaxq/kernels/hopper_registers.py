@@ -63,14 +63,14 @@ def pairs(packed: jax.Array) -> jax.Array:
 
 
 def fragments(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Two bfloat16 in each word of the pairs, int32 [64, 32], of the bytes b = 0 and 1: as bfloat16 [128, 64]."""
+    """Two bfloat16 in each word of pairs, int32 [n / 2, 32], of the bytes b = 0 and 1: as bfloat16 [n, 64]."""
 
     def move(*words: np.ndarray) -> np.ndarray:
-        both = np.stack([w.reshape(2, DEPTH // 8) for w in words], -1)  # [a, g, b]
+        both = np.stack([w.reshape(-1, DEPTH // 8) for w in words], -1)  # [a, g, b]
         half = ir.BF16Type.get()
         return np.vectorize(lambda word: as_vector(word, half, 2), otypes=[object])(both)
 
-    return moved(move, [first, second], PAIRS, (COLUMNS, DEPTH), jnp.bfloat16, FRAGMENTS)
+    return moved(move, [first, second], PAIRS, (2 * first.shape[0], DEPTH), jnp.bfloat16, FRAGMENTS)
 
 
 def result(sums: jax.Array) -> jax.Array:
@@ -103,8 +103,8 @@ def columns(numbers: jax.Array) -> jax.Array:
 
 
 def less(numbers: jax.Array, factor: float, taken: Sequence[jax.Array]) -> jax.Array:
-    """`numbers * factor - taken` in one operation, bfloat16 [128, 64]; taken off each row is float32 [128], of numbers
-    that bfloat16 holds, or as many of these as the 64 channels have groups.
+    """`numbers * factor - taken` in one operation, bfloat16 [n, 64]; taken off each row is float32 [n], of numbers that
+    bfloat16 holds, or as many of these as the 64 channels have groups.
 
     XLA's and LLVM's own products and differences stay two.
     """
@@ -112,17 +112,17 @@ def less(numbers: jax.Array, factor: float, taken: Sequence[jax.Array]) -> jax.A
     def move(numbers: np.ndarray, *less: np.ndarray) -> np.ndarray:
         word, half = ir.IntegerType.get_signless(32), ir.BF16Type.get()
         by = utils.c(int(np.float32(factor).view(np.uint32) >> 16) * 0x10001, word)
-        found = numbers.reshape(2, DEPTH // 8, 2).copy()  # [a, g, b]
-        for group, a, b in np.ndindex(len(less), 2, 2):
-            one = element(less[group].reshape(2, 2)[a, b], 0)
-            both = _asm("cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", one)
+        found = numbers.reshape(-1, DEPTH // 8, 2).copy()  # [a, g, b]
+        for group, a, b in np.ndindex(len(less), len(found), 2):
+            one = element(less[group].reshape(-1, 2)[a, b], 0)
+            both = assembled("cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", one)
             for g in _part(DEPTH // 8, group, len(less)):
                 given = utils.bitcast(found[a, g, b], word)
-                found[a, g, b] = as_vector(_asm("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", given, by, both), half, 2)
+                found[a, g, b] = as_vector(assembled("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", given, by, both), half, 2)
         return found
 
     layouts = FRAGMENTS, *(ROWS,) * len(taken)
-    return moved(move, [numbers, *(-a for a in taken)], layouts, (COLUMNS, DEPTH), jnp.bfloat16, FRAGMENTS)
+    return moved(move, [numbers, *(-a for a in taken)], layouts, numbers.shape, jnp.bfloat16, FRAGMENTS)
 
 
 def multiplied(sums: jax.Array, numbers: jax.Array, x: jax.Array, factors: Sequence[jax.Array] = ()) -> jax.Array:
@@ -174,35 +174,39 @@ def _multiply_add(four: list, left: list, right: list) -> list:
     return [llvm.extractvalue(number, found, [i]) for i in range(4)]
 
 
-def store_rows(out: Any, y: jax.Array, count: Any) -> None:
-    """Stores the first `count` rows, or all, of y [rows, 128], held as the packed bytes, of float32 or bfloat16.
+def store_rows(out: Any, y: jax.Array, count: Any, layout: Any = BYTES) -> None:
+    """Stores the first `count` rows, or all, of y [rows, n], of float32 or bfloat16.
 
     Args:
-        out: a reference to [rows, 128] of an array in device memory, of which the rows after those need not be there.
+        out: a reference to [rows, n] of an array in device memory, of which the rows after those need not be there.
+        layout: of y: lane 4 q + t of warp w has rows 8 g + 2 t + h and of each 32 c columns c successive ones, the
+            8 w + q-th. `BYTES` is that with c = 4.
     """
-    words = y.dtype.itemsize  # of four numbers
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), BYTES, plgpu.Layout.WG_SPLAT(y.shape)))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, plgpu.Layout.WG_SPLAT(y.shape)))
     def store(_: Any, out: Any, y: Any, count: Any) -> None:
         word, wide = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
         (stride, _), _ = ir.MemRefType(out.type).get_strides_and_offset()
+        (successive,) = ir.VectorType(y.registers.flat[0].type).shape
+        words = successive * utils.bitwidth(y.mlir_dtype) // 32
 
         def number(value: int) -> Any:
             return utils.c(value, word)
 
         thread = arith.remui(utils.thread_idx(), number(128))
         row = arith.muli(arith.remui(thread, number(4)), number(2))
-        column = arith.muli(arith.divui(thread, number(4)), number(4))
+        column = arith.muli(arith.divui(thread, number(4)), number(successive))
         at = arith.addi(arith.muli(row, number(stride)), column)
         start = utils.getelementptr(utils.memref_ptr(out), [arith.extui(wide, at)], y.mlir_dtype)
         values = ",".join(f"${i + 2}" for i in range(words))
+        kind = f"v{words}.b32" if words > 1 else "b32"
         left = arith.subi(count.registers.flat[0], row)
-        for (g, h), four in np.ndenumerate(y.registers.reshape(-1, 2)):
+        for (g, a, h), held in np.ndenumerate(y.registers.reshape(y.shape[0] // 8, -1, 2)):
             below = 8 * g + h
-            to = utils.getelementptr(start, [below * stride], y.mlir_dtype)
-            held = utils.bitcast(four, ir.VectorType.get((words,), word))
+            to = utils.getelementptr(start, [below * stride + 32 * successive * a], y.mlir_dtype)
+            held = utils.bitcast(held, ir.VectorType.get((words,), word))
             given = [left, to, *(element(held, i) for i in range(words))]
-            asm = f"{{ .reg .pred p; setp.gt.s32 p, $0, {below}; @p st.global.v{words}.b32 [$1], {{{values}}}; }}"
+            asm = f"{{ .reg .pred p; setp.gt.s32 p, $0, {below}; @p st.global.{kind} [$1], {{{values}}}; }}"
             constraints = ",".join(["r", "l", *"r" * words])
             llvm.inline_asm(ir.Type.parse("!llvm.void"), given, asm, constraints, has_side_effects=True)
 
@@ -230,7 +234,7 @@ def moved(
     return call(*arrays)
 
 
-def _asm(text: str, constraints: str, *given: Any) -> Any:
+def assembled(text: str, constraints: str, *given: Any) -> Any:
     """A word that an instruction makes."""
     return llvm.inline_asm(ir.IntegerType.get_signless(32), given, text, constraints)
 

@@ -25,15 +25,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxq.formats import Float, Int
 from jaxq.kernels import hopper_bytes as in_int8
+from jaxq.kernels import hopper_columns as columns
 from jaxq.kernels import hopper_registers as registers
 from jaxq.kernels.carrier import int8_carrier
 from jaxq.kernels.expansion import expansions
-from jaxq.kernels.gpu import COLUMNS
 from jaxq.kernels.hopper_registers import DEPTH
 from jaxq.kernels.plain import largest_integer
 
@@ -45,19 +44,16 @@ class Weights:
     """How codes are multiplied: a product is `unit * value + bias`, in sums over K.
 
     Args:
-        depth: rows of packed bytes of a step.
-        wide: channels that are multiplied at once, of one place in their bytes.
-        fragments: of a step's packed bytes, a reference to uint8 [depth, 256] in shared memory, a column and zeros:
-            what the 128 columns from there on are, [128, wide] for each of a byte's codes or, where a byte is one code,
-            for each `wide` rows; made one after the other. The zeros are what is taken off expanded codes, times the
-            unit: float32 [128], or None.
+        depth: rows of packed bytes that are expanded at once.
+        fragments: of these, a reference to uint8 [depth, 128 s] in shared memory, and zeros: what this warpgroup's
+            columns of them are, [64 s, depth] for each of a byte's codes, made one after the other. The zeros are what
+            is taken off expanded codes, times the unit: float32 [64 s], or None.
         sums: the dtype that they are added up in.
         cycles: that a step takes, and each row of x in it.
     """
 
     depth: int
-    wide: int
-    fragments: Callable[[Any, Any, jax.Array | None], Iterator[jax.Array]]
+    fragments: Callable[[Any, jax.Array | None], Iterator[jax.Array]]
     sums: Any
     cycles: tuple[float, float]
     unit: float = 1.0
@@ -72,40 +68,36 @@ def weights(fmt: Int | Float, dtype: Any) -> Weights:
     """
     if dtype == jnp.bfloat16:
         cycles = (850, 11.5) if fmt.bits == 8 else (560, 12) if isinstance(fmt, Int) else (650, 12)
-        depth = DEPTH * fmt.bits // 4
-        return Weights(depth, DEPTH, partial(_expanded, fmt), jnp.float32, cycles, expansions(fmt)[0].unit)
+        return Weights(DEPTH, partial(_expanded, fmt), jnp.float32, cycles, expansions(fmt)[0].unit)
     deep = 2 * DEPTH
     if isinstance(fmt, Int) and fmt.bits == 8:
-        return Weights(deep, deep, partial(_moved, fmt), jnp.int32, (300, 8.5))
+        return Weights(deep, partial(_moved, fmt), jnp.int32, (300, 8.5))
     if isinstance(fmt, Int) and fmt.bits == 4:
-        return Weights(deep, deep, partial(_moved, fmt), jnp.int32, (600, 12), 16.0)
+        return Weights(deep, partial(_moved, fmt), jnp.int32, (600, 12), 16.0)
     if fmt in MAGNITUDES:
         unit, bias = 2.0 ** (fmt.bias - 1 + fmt.mantissa_bits), largest_integer(fmt)
-        return Weights(deep, deep, partial(_found, fmt), jnp.int32, (1700, 10), unit, bias)
+        return Weights(deep, partial(_found, fmt), jnp.int32, (1700, 10), unit, bias)
     raise ValueError(f"{fmt} is not multiplied in int8: integers of 4 and 8 bits are, E2M1 and E1M2")
 
 
-def _expanded(fmt: Int | Float, part: Any, column: Any, zeros: jax.Array | None) -> Iterator[jax.Array]:
+def _expanded(fmt: Int | Float, part: Any, zeros: jax.Array | None) -> Iterator[jax.Array]:
     made = expansions(fmt)
-    for run in range(part.shape[0] // DEPTH):
-        packed = part[run * DEPTH : (run + 1) * DEPTH, pl.ds(column, COLUMNS)]
-        words = made[0].flipped(registers.pairs(plgpu.layout_cast(packed, registers.BYTES)))
-        for e in made:
-            bits = registers.fragments(e.bits(words, 0), e.bits(words, 1))
-            if e.less:
-                taken = plgpu.layout_cast(jnp.full((COLUMNS,), e.less), registers.ROWS) if zeros is None else zeros
-                yield registers.less(bits, e.factor, [taken])
-            else:
-                yield bits * jnp.bfloat16(e.factor)
+    held = made[0].flipped(columns.words(part))
+    for e in made:
+        bits = registers.fragments(e.bits(held, 0), e.bits(held, 1))
+        if e.less:
+            taken = plgpu.layout_cast(jnp.full((bits.shape[0],), e.less), registers.ROWS) if zeros is None else zeros
+            yield registers.less(bits, e.factor, [taken])
+        else:
+            yield bits * jnp.bfloat16(e.factor)
 
 
-def _moved(fmt: Int, part: Any, column: Any, _: Any) -> Iterator[jax.Array]:
-    words = in_int8.quads(in_int8.deep_bytes(part.at[:, pl.ds(column, COLUMNS)]))
+def _moved(fmt: Int, part: Any, _: Any) -> Iterator[jax.Array]:
+    words = in_int8.quads(part)
     for half in (words,) if fmt.bits == 8 else int8_carrier(fmt).halves(words):
         yield in_int8.integers(half)
 
 
-def _found(fmt: Float, part: Any, column: Any, _: Any) -> Iterator[jax.Array]:
-    packed = in_int8.deep_bytes(part.at[:, pl.ds(column, COLUMNS)])
+def _found(fmt: Float, part: Any, _: Any) -> Iterator[jax.Array]:
     bias = largest_integer(fmt)
-    yield from in_int8.looked_up(packed, [(bias + v, bias - v) for v in MAGNITUDES[fmt]])
+    yield from in_int8.looked_up(part, [(bias + v, bias - v) for v in MAGNITUDES[fmt]])

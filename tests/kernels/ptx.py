@@ -216,9 +216,14 @@ class Warpgroup:
             picked = [(both[THREAD, p % 8].view(np.int8), p >= 8) for p in picks]
             bytes_ = [np.where(sign, byte >> 7, byte) for byte, sign in picked]
             return np.stack(bytes_, 1).view(np.uint32)[:, 0]
+        if parts[0] == "lop3":
+            a, b, c, table = (self.get(op, np.uint32) for op in ops[1:])
+            which = [a if i & 4 else ~a for i in range(8)], [b if i & 2 else ~b for i in range(8)]
+            found = [x & y & (c if i & 1 else ~c) & -(table >> np.uint32(i) & 1) for i, (x, y) in enumerate(zip(*which))]
+            return np.bitwise_or.reduce(found)
         if parts[0] == "bfe":
-            mask = (1 << int(ops[3])) - 1
-            return (self.get(ops[1], kind) >> kind(int(ops[2]))) & kind(mask)
+            bits, first, count = 8 * np.dtype(kind).itemsize, int(ops[2]), int(ops[3])
+            return self.get(ops[1], kind) << kind(bits - first - count) >> kind(bits - count)  # with its sign, if any
         if parts[0] in ("shl", "shr"):
             a, by = self.get(ops[1], kind), self.get(ops[2], np.uint32).astype(kind)
             assert (by < 8 * np.dtype(kind).itemsize).all()

@@ -61,13 +61,20 @@ def multiply_by_warps(group: Any, name: str, ops: list[str]) -> None:
 
 
 def load_matrices(group: Any, name: str, ops: list[str]) -> None:
-    """Matrices of 8 rows of 16 bytes, whose addresses are the lanes': eight lanes' for each matrix."""
+    """Matrices of 8 rows of 16 bytes, whose addresses are the lanes': eight lanes' for each matrix. Transposed, of
+    numbers of 16 bits."""
     to, where = re.findall(r"[%\w]+", ops[0]), group.addresses(ops[1])
-    assert name == f"ldmatrix.sync.aligned.m8n8.x{len(to)}.shared.b16"
+    turned = name == f"ldmatrix.sync.aligned.m8n8.x{len(to)}.trans.shared.b16"
+    assert turned or name == f"ldmatrix.sync.aligned.m8n8.x{len(to)}.shared.b16"
     for i, register in enumerate(to):
-        rows = where[32 * WARP + 8 * i + Q] + 4 * T.astype(np.uint64)
-        memory, at = group.block.bytes_at(rows, 4)
-        group.values[register] = memory[at].view(np.uint32)[:, 0]
+        lane = 32 * WARP + 8 * i
+        rows, columns = (2 * T, Q) if turned else (Q, 2 * T)
+        found = np.zeros((LANES, 2), np.uint16)
+        for j in range(2):
+            row, column = (rows + j, columns) if turned else (rows, columns + j)
+            memory, at = group.block.bytes_at(where[lane + row] + 2 * column.astype(np.uint64), 2)
+            found[:, j] = memory[at].view(np.uint16)[:, 0]
+        group.values[register] = found.view(np.uint32)[:, 0]
 
 
 def pair(group: Any, op: str) -> np.ndarray:
