@@ -2,15 +2,16 @@
 
 Which products have a kernel, and which one:
 
-| rows            | scales      | weights            | activations               | kernel                    |
-|-----------------|-------------|--------------------|---------------------------|---------------------------|
-| up to `FEW`     | any         | 4 and 8 bits       | bfloat16                  | `hopper_matmul`           |
-|                 |             | 4 bits             | integers, in bfloat16     |                           |
-| up to `GROUPED` | of groups   | as above           | as above                  |                           |
-| more            | per channel | 4 and 8 bits       | bfloat16                  | `hopper_many`             |
-|                 |             | `in_int8`          | integers of 8 bits        | `hopper_many`, in int8    |
-|                 |             | other 4-bit floats | integers, in bfloat16     | `hopper_many`             |
-| any             | per channel | integers, 8 bits   | integers of 8 bits        | `hopper_many`, in int8    |
+| rows            | scales      | weights                   | activations               | kernel                 |
+|-----------------|-------------|---------------------------|---------------------------|------------------------|
+| up to `FEW`     | per channel | 4 and 8 bits, not `SMALL` | bfloat16                  | `hopper_matmul`        |
+|                 |             | 4 bits, not `SMALL`       | integers, in bfloat16     |                        |
+| up to `GROUPED` | of groups   | 4 and 8 bits              | bfloat16                  | `hopper_matmul`        |
+|                 |             | 4 bits                    | integers, in bfloat16     |                        |
+| others          | per channel | 4 and 8 bits              | bfloat16                  | `hopper_many`          |
+|                 |             | `in_int8`                 | integers of 8 bits        | `hopper_many`, in int8 |
+|                 |             | other 4-bit floats        | integers, in bfloat16     | `hopper_many`          |
+| any             | per channel | integers, 8 bits          | integers of 8 bits        | `hopper_many`, in int8 |
 
 Integers come in bfloat16 only where it holds them and float32 the sums, exactly.
 """
@@ -36,6 +37,7 @@ from jaxq.qtensor import Grid, InputQuant, PerToken
 COLUMNS = 128  # of the weight, that a warpgroup multiplies at once
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
 FEW = 16  # rows
+SMALL = 2**24  # numbers of a weight, up to which the kernel for many rows is the faster one for any (H200)
 GROUPED = {4: 64, 8: 16}  # rows, by the bits of a weight; with more, XLA multiplies
 CHANNELS = 512, 32768  # of a row, that the kernel holds in registers, and the vectors for it in shared memory
 # From so many rows on it is faster than XLA (H200), which may quantize where it computes x.
@@ -60,8 +62,9 @@ def in_int8(fmt: Int | Float) -> bool:
     return isinstance(fmt, Int) or fmt in (Float(2, 1), Float(1, 2))
 
 
-def _few(rows: int, fmt: Int | Float, groups: int) -> bool:
-    return rows <= (FEW if groups == 1 else GROUPED[fmt.bits])
+def _few(rows: int, fmt: Int | Float, groups: int, size: int) -> bool:
+    """Whether these are few rows, for a weight of `size` numbers."""
+    return rows <= GROUPED[fmt.bits] if groups > 1 else rows <= FEW and size > SMALL
 
 
 def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: jax.Array | None) -> Any:
@@ -71,7 +74,7 @@ def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: j
         return None
     if not rows or columns % COLUMNS or not fits(k, groups, SMALLEST_GROUP):
         return None
-    few = _few(rows, fmt, groups)
+    few = _few(rows, fmt, groups, k * columns)
     if (groups > 1 and not few) or (isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT):
         return None
     if x.bound is None:
@@ -141,7 +144,7 @@ def packed_product(
         total = sums.astype(jnp.float32)
         if zero is not None:
             total = total + k // groups * (2 ** (fmt.bits - 1) - zero)
-    product = _of_few if _few(rows, fmt, groups) and read_as == jnp.bfloat16 else _of_many
+    product = _of_few if _few(rows, fmt, groups, k * n) and read_as == jnp.bfloat16 else _of_many
     return product(replace(x, values=values), codes, grid, zero, fmt, total, dtype)
 
 

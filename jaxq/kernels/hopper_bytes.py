@@ -42,7 +42,8 @@ def quads(part: Any) -> jax.Array:
         chosen = [arith.xori(number(bytes_), flip) for bytes_ in (EVEN, ODD)]
         found = np.empty(pairs.shape, object)  # [a, g, b]
         for a, g, b in np.ndindex(found.shape):
-            found[a, g, b] = as_vector(utils.prmt(*map(_word, pairs[a, g]), chosen[b]), _i32(), 1)
+            first, second = map(_word, pairs[a, g])
+            found[a, g, b] = as_vector(utils.prmt(first, second, chosen[b]), _i32(), 1)
         return found
 
     found = words(part, BY_BYTES)
@@ -80,7 +81,7 @@ def looked_up(part: Any, values: Sequence[tuple[int, int]]) -> Iterator[jax.Arra
     def move(high: bool, words: np.ndarray) -> np.ndarray:
         pairs = words.reshape(part.shape[1] // (2 * SLICE), -1, 2)  # [a, g, two words]
         upper = arith.cmpi(arith.CmpIPredicate.ne, _upper(), number(0))
-        first_table, second_table = ([_kept(table[:4]), _kept(table[4:])] for table in tables)
+        (x0, x4), (n0, n4) = ((_kept(table[:4]), _kept(table[4:])) for table in tables)
         found = np.empty(pairs.shape, object)  # [a, g, b]
         for a, g in np.ndindex(found.shape[:2]):
             first, second = map(_word, pairs[a, g])
@@ -88,7 +89,7 @@ def looked_up(part: Any, values: Sequence[tuple[int, int]]) -> Iterator[jax.Arra
             for b in (0, 1):
                 codes = arith.shrui(both, number(16)) if b else both
                 unsigned = arith.andi(codes, number(0x7777))
-                integers = arith.xori(utils.prmt(*first_table, codes), utils.prmt(*second_table, unsigned))
+                integers = arith.xori(utils.prmt(x0, x4, codes), utils.prmt(n0, n4, unsigned))
                 found[a, g, b] = as_vector(integers, ir.IntegerType.get_signless(8), 4)
         return found
 

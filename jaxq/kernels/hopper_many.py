@@ -6,11 +6,12 @@ with x in bfloat16 or int8 and c what the weight's codes stand for (an asymmetri
 zero points of both sides are `left` and `right`.
 
 The weight is the left operand of the tensor cores, transposed and expanded in registers, as in `hopper_matmul`; see
-`hopper_weights`. What differs is who does it. A block has three warpgroups: one copies, two multiply 128 columns each
-with the same rows of x, so that one expands while the other's products run. Blocks stay: each takes the next tile of
-the result while its first steps are already under way, in an order that keeps what neighbours read in the cache.
+`hopper_weights`. What differs is who does it. A block has three warpgroups: one copies, two multiply 64 or 128 columns
+each with the same rows of x, so that one expands while the other's products run. With 64 columns and up to 256 rows
+weights are expanded half as often as with 128 and 128, and as many sums fit the registers. Blocks stay: each takes the
+next tile of the result in an order that keeps what neighbours read in the cache.
 
-Rows are cut so that the multiprocessors share the work evenly, `tiles`; K is cut where there are few tiles.
+Columns, rows and parts of K are chosen for the least time, `tiles`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Any
 
 import jax
@@ -46,8 +46,8 @@ MOST_SUMS = 256  # of a warpgroup's 64 columns, or half of 128 columns', whose s
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one product: [m, k] by [k, n] in tiles of `rows` and of 64 columns for a warpgroup, or `slices` times that, and
-    K in `splits` parts of `steps` steps of `depth` rows of packed bytes."""
+    """Of one product: [m, k] by [k, n] in tiles of `rows` and, for a warpgroup, `slices` times 64 columns; K in
+    `splits` parts of `steps` steps of `depth` rows of packed bytes."""
 
     m: int
     n: int
@@ -134,22 +134,21 @@ def hopper_many(
 
 
 def tiles(m: int, depth: int, n: int, made: Weights) -> tuple[int, int, int]:
-    """How many slices of 64 columns a warpgroup multiplies at a time, how many rows of x a block, and into how many parts
-    K is cut, for weights of `depth` bytes a column: what should take the fewest cycles. That of a tile's end, and of
-    adding up parts, are as measured, too."""
-    steps, (step, row) = depth // made.depth, made.cycles
+    """How many slices of 64 columns a warpgroup multiplies at a time, how many rows of x a block, and into how many
+    parts K is cut, for weights of `depth` bytes a column: what should take the least time. That of a tile's end, of
+    reading the weights and of adding up parts are as measured, too."""
+    runs, (run, row) = depth // made.depth, made.ns
 
-    def cycles(choice: tuple[int, int, int]) -> float:
+    def ns(choice: tuple[int, int, int]) -> float:
         slices, rows, splits = choice
         rounds = -(-(-(-m // rows) * -(-n // (MULTIPLYING * SLICE * slices)) * splits) // PROCESSORS)
-        work = rounds * (-(-steps // splits) * slices * (step + row * rows) + 3000)
-        return work + (m * n * splits / 540 + 2000 if splits > 1 else 0)
+        work = rounds * (-(-runs // splits) * slices * (run + row * rows) + 4000)
+        return max(work, depth * n / 4300) + (m * n * splits / 700 + 700 if splits > 1 else 0)
 
     each = 16 if made.sums == jnp.int32 else 8  # what the tensor cores take
-    rows = [(slices, rows) for slices in (1, 2) for rows in range(each, MOST_SUMS // slices + 1, each)]
-    choices = ((*tile, splits) for tile in rows for splits in range(1, min(8, steps // 2) + 1))
-    slices, rows, splits = min(choices, key=cycles)
-    return slices, rows, -(-steps // -(-steps // splits))
+    shapes = [(slices, rows) for slices in (1, 2) for rows in range(each, MOST_SUMS // slices + 1, each)]
+    choices = ((*shape, splits) for shape in shapes for splits in range(1, max(1, min(8, runs // 2)) + 1))
+    return min(choices, key=ns)
 
 
 def step_bytes(depth: int, codes: int, slices: int, rows: int, itemsize: int) -> int:
@@ -202,9 +201,7 @@ def _kernel(x: Any, w: Any, *rest: Any, names: tuple[str, ...], made: Weights, c
     pl.run_scoped(blocks, **somewhere.get_allocations(*operands), collective_axes="warpgroup")
 
 
-def _pipeline(
-    made: Weights, codes: int, shape: Shape, tile: tuple, dtype: Any, context: Callable[[Any], None]
-) -> Any:
+def _pipeline(made: Weights, codes: int, shape: Shape, tile: tuple, dtype: Any, context: Callable[[Any], None]) -> Any:
     """The steps of a tile (split, i, j) of the result."""
     (split, i, j), depth, steps, width = tile, shape.depth, shape.steps, MULTIPLYING * shape.columns
 

@@ -1,4 +1,5 @@
-"""How a Hopper GPU's registers hold the tiles of `jaxq.kernels.hopper_matmul`, and how they are taken for others.
+"""How a Hopper GPU's registers hold the tiles of `jaxq.kernels.hopper_matmul`, and how they are taken for others; those
+of `hopper_many` are in `hopper_columns`.
 
 A warpgroup has four warps of 32 lanes; lane l of warp w is 4 q + t, q below 8 and t below 4. It holds
 
@@ -118,7 +119,8 @@ def less(numbers: jax.Array, factor: float, taken: Sequence[jax.Array]) -> jax.A
             both = assembled("cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", one)
             for g in _part(DEPTH // 8, group, len(less)):
                 given = utils.bitcast(found[a, g, b], word)
-                found[a, g, b] = as_vector(assembled("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", given, by, both), half, 2)
+                fused = assembled("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", given, by, both)
+                found[a, g, b] = as_vector(fused, half, 2)
         return found
 
     layouts = FRAGMENTS, *(ROWS,) * len(taken)

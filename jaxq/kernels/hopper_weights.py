@@ -1,19 +1,20 @@
 """Packed weights as left operands of a Hopper GPU's tensor cores, for products in bfloat16 or in int8.
 
-| product  | codes            | what is multiplied                             | bytes a step | cycles: a step, a row |
-|----------|------------------|------------------------------------------------|--------------|-----------------------|
-| bfloat16 | int4, uint4      | value * unit: see `expansion`                  | 64           | 560, 12               |
-|          | floats of 4 bits |                                                | 64           | 650, 12               |
-|          | of 8 bits        |                                                | 128          | 850, 11.5             |
-| int8     | int8             | value                                          | 128          | 300, 8.5              |
-|          | int4, uint4      | value * 16: the nibble in the byte's high half | 128          | 600, 12               |
-|          | E2M1, E1M2       | value in units of its smallest step, plus bias | 128          | 1700, 10              |
+| product  | codes            | what is multiplied                             | bytes at once | ns: at all, a row |
+|----------|------------------|------------------------------------------------|---------------|-------------------|
+| bfloat16 | int4, uint4      | value * unit: see `expansion`                  | 64            | 140, 3.6          |
+|          | floats of 4 bits |                                                | 64            | 198, 3.5          |
+|          | of 8 bits        |                                                | 64            | 124, 1.6          |
+| int8     | int8             | value                                          | 128           | 164, 1.45         |
+|          | int4, uint4      | value * 16: the nibble in the byte's high half | 128           | 140, 3.6          |
+|          | E2M1, E1M2       | value in units of its smallest step, plus bias | 128           | 480, 3.1          |
 
-The cycles are fitted to times on an H200, of 4096 x 11008 and 32 to 8192 rows.
+The nanoseconds are of a block with 64 columns a warpgroup, fitted, as those in `hopper_many.tiles`, to 430 times on an
+H200, of 1 to 8192 rows and up to 8192 x 28672 weights.
 
-A warpgroup takes 128 columns of a step's bytes from shared memory. A float's code is looked up, which byte permutation
-does in eight bytes; there is no room for both signs, but there is for what a negative number is and for by how much a
-positive one differs, and a code with its sign bit set finds no difference: see `hopper_bytes.looked_up`.
+A float's code is looked up, which byte permutation does in eight bytes; there is no room for both signs, but there is
+for what a negative number is and for by how much a positive one differs, and a code with its sign bit set finds no
+difference: see `hopper_bytes.looked_up`.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ class Weights:
             columns of them are, [64 s, depth] for each of a byte's codes, made one after the other. The zeros are what
             is taken off expanded codes, times the unit: float32 [64 s], or None.
         sums: the dtype that they are added up in.
-        cycles: that a step takes, and each row of x in it.
+        ns: that this takes, and each row of x in it.
     """
 
     depth: int
     fragments: Callable[[Any, jax.Array | None], Iterator[jax.Array]]
     sums: Any
-    cycles: tuple[float, float]
+    ns: tuple[float, float]
     unit: float = 1.0
     bias: int = 0
 
@@ -67,16 +68,16 @@ def weights(fmt: Int | Float, dtype: Any) -> Weights:
         ValueError: the format is not among the dtype's in the table above.
     """
     if dtype == jnp.bfloat16:
-        cycles = (850, 11.5) if fmt.bits == 8 else (560, 12) if isinstance(fmt, Int) else (650, 12)
-        return Weights(DEPTH, partial(_expanded, fmt), jnp.float32, cycles, expansions(fmt)[0].unit)
+        ns = (124, 1.6) if fmt.bits == 8 else (140, 3.6) if isinstance(fmt, Int) else (198, 3.5)
+        return Weights(DEPTH, partial(_expanded, fmt), jnp.float32, ns, expansions(fmt)[0].unit)
     deep = 2 * DEPTH
     if isinstance(fmt, Int) and fmt.bits == 8:
-        return Weights(deep, partial(_moved, fmt), jnp.int32, (300, 8.5))
+        return Weights(deep, partial(_moved, fmt), jnp.int32, (164, 1.45))
     if isinstance(fmt, Int) and fmt.bits == 4:
-        return Weights(deep, partial(_moved, fmt), jnp.int32, (600, 12), 16.0)
+        return Weights(deep, partial(_moved, fmt), jnp.int32, (140, 3.6), 16.0)
     if fmt in MAGNITUDES:
         unit, bias = 2.0 ** (fmt.bias - 1 + fmt.mantissa_bits), largest_integer(fmt)
-        return Weights(deep, partial(_found, fmt), jnp.int32, (1700, 10), unit, bias)
+        return Weights(deep, partial(_found, fmt), jnp.int32, (480, 3.1), unit, bias)
     raise ValueError(f"{fmt} is not multiplied in int8: integers of 4 and 8 bits are, E2M1 and E1M2")
 
 

@@ -218,9 +218,8 @@ class Warpgroup:
             return np.stack(bytes_, 1).view(np.uint32)[:, 0]
         if parts[0] == "lop3":
             a, b, c, table = (self.get(op, np.uint32) for op in ops[1:])
-            which = [a if i & 4 else ~a for i in range(8)], [b if i & 2 else ~b for i in range(8)]
-            found = [x & y & (c if i & 1 else ~c) & -(table >> np.uint32(i) & 1) for i, (x, y) in enumerate(zip(*which))]
-            return np.bitwise_or.reduce(found)
+            terms = [(a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in range(8)]
+            return np.bitwise_or.reduce([np.where(table >> np.uint32(i) & 1, term, 0) for i, term in enumerate(terms)])
         if parts[0] == "bfe":
             bits, first, count = 8 * np.dtype(kind).itemsize, int(ops[2]), int(ops[3])
             return self.get(ops[1], kind) << kind(bits - first - count) >> kind(bits - count)  # with its sign, if any

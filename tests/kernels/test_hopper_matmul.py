@@ -12,7 +12,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 import jaxq
 from jaxq.formats import Float, Int
+from jaxq.kernels import gpu
 from jaxq.kernels.layout import pack_codes
+from jaxq.products import read_input
 from tests.kernels import ptx
 from tests.kernels.ahead import rows_of
 
@@ -157,6 +159,12 @@ def quantized(weights: object = Int(4), activations: object = None, w: jax.Array
     return jaxq.calibrate(forward, {"w": w}, [X.astype(w.dtype)], jaxq.quantize(weights, activations))
 
 
+@pytest.fixture
+def any_size(monkeypatch):
+    """Small weights have the kernel for many rows; these tests' shall not."""
+    monkeypatch.setattr(gpu, "SMALL", 0)
+
+
 def uses(
     tree: jaxq.Quantized,
     products: str = "int8",
@@ -171,6 +179,7 @@ def uses(
         return kernel in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("weights", [*FORMATS.values(), *EIGHT.values()], ids=[*FORMATS, *EIGHT])
 def test_a_hopper_runs_it_for_weights_alone(weights):
     tree = quantized(weights)
@@ -182,12 +191,14 @@ def test_a_hopper_runs_it_for_weights_alone(weights):
     )
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("activations", ACTIVATIONS.values(), ids=ACTIVATIONS)
 def test_a_hopper_runs_it_for_quantized_activations(activations):
     assert uses(quantized(Int(4, symmetric=False), activations))
     assert not uses(quantized(Int(8), activations)), "8 bits by 8 XLA multiplies, in int8"
 
 
+@pytest.mark.usefixtures("any_size")
 def test_products_without_a_kernel():
     many = jnp.broadcast_to(X[:1], (1000, 512))
     assert not uses(quantized(), x=many), "there is another kernel"
@@ -205,13 +216,11 @@ PAIRS = {(name, "bfloat16"): (fmt, None) for name, fmt in (FORMATS | EIGHT).item
 }
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize(("weights", "activations"), PAIRS.values(), ids=map("-".join, PAIRS))
 @pytest.mark.parametrize("group", [None, 128, 32])
 def test_what_the_kernel_is_given_means_the_product(weights, activations, group, monkeypatch):
     """Scales, units and zero points. On a Hopper the kernel itself, elsewhere its meaning in its place."""
-    from jaxq.kernels import gpu
-    from jaxq.products import read_input
-
     tree = quantized(weights if group is None else jaxq.per_group(weights, group), activations)
     leaf, (quant,) = jaxq.pack(tree).params["w"], tree.inputs.values() or (None,)
     x = read_input(quant, X, (1,))
