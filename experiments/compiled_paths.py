@@ -4,7 +4,7 @@
     python experiments/compiled_paths.py [--targets v5e v6e v7x h200] [--rows 16 256] [--paths w8a8 ...] [--xla]
 
 `execute` runs a product of [rows, 4096] with [4096, 4096], the activation and the result in bfloat16, compiled ahead of
-time; with --xla without kernels. Columns: `by`, Pallas (the kernel of `jaxq.kernels.packed_matmul`) or XLA;
+time; with --xla without kernels. Columns: `by`, Pallas (`jaxq.kernels.packed_matmul` or `decoded_matmul`) or XLA;
 `temporary`, bytes of device memory beside arguments and result; `moved`, bytes that the program's operations read from
 device memory and write to it, a buffer that the compiler keeps on the chip not counted; `bytes`, `moved` over the bytes
 of arguments and result, which is the floor; `bundles`, of a TPU, the instruction bundles that all operations run
@@ -32,11 +32,11 @@ from tpu_compiled import prepare as prepare_tpu
 
 import jaxq
 from jaxq.formats import Float, Int
-from jaxq.kernels.packed_matmul import blocks
 from jaxq.kernels.plain import Products
+from jaxq.kernels.tiles import whole_depth
 
 K = N = 4096
-KERNEL = "jaxq_packed_matmul"
+KERNELS = "jaxq_packed_matmul", "jaxq_decoded_matmul"
 UINT4, E2M1, E4M3 = Int(4, symmetric=False), Float(2, 1), Float(4, 3, reserved=1)
 PATHS = {  # weights, activations, the type of the fastest matrix units that hold both exactly
     "bf16": (None, None, "bfloat16"),
@@ -126,10 +126,10 @@ def bundles(program: str, dump: Path, rows: int) -> int:
             continue
         bounds = re.search(r'iteration_bounds":\[(.*?)\]', operation[0])
         rounds = prod(int(n) for n in re.findall(r"\d+", bounds[1])) if bounds else 1
-        if KERNEL in name:
+        if any(kernel in name for kernel in KERNELS):
             x = re.search(rf"(\w+)\[{rows},{K}\]", operands_of(operation[0], program))
             assert x is not None
-            bm, bn = blocks(rows, K, N, int(bytes_of(x[1])))
+            bm, _, bn = whole_depth(rows, K, N, int(bytes_of(x[1])))
             rounds = -(-rows // bm) * -(-N // bn)
         total += scheduled(file.read_text()) * rounds
     return total
@@ -173,7 +173,7 @@ def row(path: str, tree: jaxq.Quantized, target: str, rows: int, dump: Path, pro
     text, memory = program.as_text(), program.memory_analysis()
     least = sum(a.nbytes for a in jax.tree.leaves(tree)) + rows * (K + N) * 2
     rate = spec.macs.get(PATHS[path][2], spec.macs["bfloat16"])
-    by_kernel = KERNEL in text
+    by_kernel = any(kernel in text for kernel in KERNELS)
     return {
         "path": path, "target": target, "rows": rows, "by": "Pallas" if by_kernel else "XLA",
         "temporary": memory.temp_size_in_bytes, "moved": moved(text), "bytes": round(moved(text) / least, 2),

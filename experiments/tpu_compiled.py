@@ -30,9 +30,11 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jaxq.formats import Float, Int
+from jaxq.kernels.decoded_matmul import Scaled, decoded_matmul, plain_decoded_matmul
 from jaxq.kernels.layout import HALF
-from jaxq.kernels.packed_matmul import SMALLEST_GROUP, Operands, blocks, packed_matmul, plain_packed_matmul
+from jaxq.kernels.packed_matmul import Operands, packed_matmul, plain_packed_matmul
 from jaxq.kernels.plain import MACHINE_FLOATS
+from jaxq.kernels.tiles import SMALLEST_GROUP, whole_depth
 from jaxq.kernels.tpu import STACKED_ROWS, elements_dtype, weight_carrier
 
 K = N = 4096
@@ -83,6 +85,18 @@ def product(target: Target, rows: int, fmt: Int | Float, dtype: type, groups: in
     return Case(of(packed_matmul), of(plain_packed_matmul), shapes)
 
 
+def decoded(target: Target, rows: int, fmt: Int | Float, size: int) -> Case:
+    """A product with weights in groups of `size` channels, integers with zero points, that are decoded."""
+    case = product(target, rows, fmt, jnp.bfloat16, K // size)
+    center = {"center": case.shapes["scale"]} if isinstance(fmt, Int) else {}
+    carrier = weight_carrier(fmt, jnp.bfloat16, target.kind)
+
+    def of(function: Callable) -> Callable:
+        return lambda **arrays: function(Scaled(**arrays), carrier)
+
+    return Case(of(decoded_matmul), of(plain_decoded_matmul), case.shapes | center)
+
+
 def cases(t: Target, rows: int) -> dict[str, Case]:
     a16, e2m1, e4m3 = jnp.bfloat16, Float(2, 1), Float(4, 3, reserved=1)
     small = {
@@ -109,6 +123,10 @@ def cases(t: Target, rows: int) -> dict[str, Case]:
         "w8a16": product(t, rows, Int(8), a16),
         "fp8_a16": product(t, rows, e4m3, a16),
         "fp8_a8": product(t, rows, e4m3, elements_dtype(t.kind)),
+        "decoded_int4_g128": decoded(t, rows, Int(4), 128),
+        "decoded_e2m1_g32": decoded(t, rows, e2m1, 32),
+        "decoded_w8_g32": decoded(t, rows, Int(8), 32),
+        "decoded_fp8_g32": decoded(t, rows, e4m3, 32),
     }
 
 
@@ -133,7 +151,7 @@ def scheduled(analysis: str) -> int:
 def step_of(case: Case, target: Target) -> tuple[int, float]:
     """How many steps the grid has, and the cycles that one takes at least."""
     (rows, k), kind = case.shapes["x"][0], jnp.dtype(case.shapes["x"][1])
-    bm, bn = blocks(rows, k, N, kind.itemsize)
+    bm, _, bn = whole_depth(rows, k, N, kind.itemsize)
     least = max(bm * k * bn / target.macs[kind.name], case.shapes["w"][0][0] * bn / target.bytes_per_cycle)
     return -(-rows // bm) * -(-N // bn), least
 

@@ -89,7 +89,8 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
         return product(Integers(a), Integers(w), None, products, eqn.params["precision"])
 
     sums = _sums(site, leaf, groups, matrix)
-    chosen = _kernel(rows, leaf, groups, sums, products, matrix, dtype) if in_place else None
+    seen = eqn.invars[ops.w].aval.dtype
+    chosen = _kernel(rows, leaf, groups, sums, products, matrix, seen, dtype) if in_place else None
     if chosen is None and groups > 1:
         return None
 
@@ -130,24 +131,25 @@ def _kernel(
     sums: jax.Array | None,
     products: Products,
     matrix: Callable[[jax.Array], jax.Array],
+    seen: Any,
     dtype: Any,
 ) -> tuple[str, Product] | None:
-    """The platform and the kernel of a product, of `dtype`, on the device that the program is traced for, if it has
-    one."""
+    """The platform and the kernel of a product, of `dtype`, with a weight that the program has in `seen`, on the device
+    that it is traced for, if that has one."""
     fmt, (codes, *_) = leaf.split, leaf.planes
     kind = _device(products, x.values, codes)
 
     def by_tpu(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         assert isinstance(fmt, Int | Float) and kind is not None
         weights = _each(weight_integers(leaf), matrix)
-        return tpu.packed_product(x, leaf.planes[0], weights, fmt, sums, kind, dtype=dtype)
+        return tpu.packed_product(x, leaf.planes[0], weights, fmt, sums, kind, seen=seen, dtype=dtype)
 
     def by_gpu(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         assert isinstance(fmt, Int | Float)
         return gpu.packed_product(x, leaf.planes[0], jax.tree.map(matrix, leaf.grid), fmt, sums, dtype=dtype)
 
     if kind in tpu.E4M3:
-        return ("tpu", by_tpu) if tpu.has_kernel(x, fmt, kind, groups) else None
+        return ("tpu", by_tpu) if tpu.has_kernel(x, fmt, kind, groups, seen) else None
     return ("cuda", by_gpu) if kind is not None and gpu.has_kernel(x, fmt, codes.shape[1], groups, sums) else None
 
 

@@ -28,20 +28,14 @@ are small integers in units of the smallest one: any order of summation gives th
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from jaxq.kernels.carrier import Carrier, without_negative_zeros
-from jaxq.kernels.layout import HALF, fits
-
-SMALLEST_GROUP = 16
-X_BYTES, W_BYTES = 4 << 20, 1 << 20  # a block of x and of packed weights; each is in fast memory twice
-VMEM = 48 << 20
+from jaxq.kernels.carrier import Carrier
+from jaxq.kernels.layout import HALF
+from jaxq.kernels.tiles import carriers, tiled, whole_depth
 
 
 class Operands(NamedTuple):
@@ -76,52 +70,16 @@ def packed_matmul(
         [M, N].
 
     Raises:
-        ValueError: the shapes do not fit each other, or K is not of whole blocks of 256 in groups of 16, 32, 64 or a
-            multiple of 128: there `plain_packed_matmul` serves.
+        ValueError: as `jaxq.kernels.tiles.tiled`.
     """
-    x, w, scale, _, left, right = operands
-    _check(x, w, scale, packed=bool(carrier.fields))
-    (m, k), n = x.shape, w.shape[1]
-    bm, bn = blocks(m, k, n, x.dtype.itemsize)
-    if k // scale.shape[0] < HALF:
-        bm = -(-bm // 8) * 8  # whole registers, which copies of x are stacked of
-    specs = {
-        "x": pl.BlockSpec((bm, k), lambda i, j: (i, 0)),
-        "w": pl.BlockSpec((w.shape[0], bn), lambda i, j: (0, j)),
-        "scale": pl.BlockSpec((scale.shape[0], bn), lambda i, j: (0, j)),
-        "rows": pl.BlockSpec((bm, 1), lambda i, j: (i, 0)),
-    }
-    if left is not None and right is not None:
-        specs["left"] = pl.BlockSpec((left.shape[0], bm, left.shape[2]), lambda i, j: (0, i, 0))
-        specs["right"] = pl.BlockSpec((*right.shape[:2], bn), lambda i, j: (0, 0, j))
-    given = {name: a for name, a in operands._asdict().items() if a is not None}
-    moved = sum(a.nbytes for a in given.values()) + w.nbytes * (-(-m // bm) - 1) + m * n * jnp.dtype(dtype).itemsize
-    return pl.pallas_call(
-        partial(_kernel, carrier=carrier),
-        grid=(-(-m // bm), -(-n // bn)),
-        in_specs=[{name: specs[name] for name in given}],
-        out_specs=pl.BlockSpec((bm, bn), lambda i, j: (i, j)),
-        out_shape=jax.eval_shape(partial(plain_packed_matmul, carrier=carrier, dtype=dtype), operands),  # with its mesh
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM),
-        cost_estimate=pl.CostEstimate(flops=2 * m * k * n, transcendentals=0, bytes_accessed=moved),
-        name="jaxq_packed_matmul",
-        interpret=interpret,
-    )(given)
-
-
-def blocks(m: int, k: int, n: int, x_bytes: int) -> tuple[int, int]:
-    """How many rows of x and columns of the weight one step multiplies, always over all of K.
-
-    As many as the bytes above allow: all rows when tokens are decoded, so that weights are read once.
-    """
-    bm = max(X_BYTES // (k * x_bytes) // 32 * 32, 32)
-    bn = max(2 * W_BYTES // k // 256 * 256, 256)
-    return min(m, bm, 512), min(n, bn)
+    (m, k), n = operands.x.shape, operands.w.shape[1]
+    tile, name = whole_depth(m, k, n, operands.x.dtype.itemsize), "jaxq_packed_matmul"
+    return tiled(_kernel, plain_packed_matmul, operands, carrier, tile, dtype=dtype, name=name, interpret=interpret)
 
 
 def _kernel(refs: dict, out: Any, *, carrier: Carrier) -> None:
     small = refs["x"].shape[1] // refs["scale"].shape[0] < HALF
-    weights = _carriers(refs["w"], carrier)
+    weights = carriers(refs["w"], carrier)
     total = (_small_groups if small else _groups)(refs, weights, carrier)
     if "rows" in refs:
         total = total * refs["rows"][...]
@@ -158,17 +116,6 @@ def _small_groups(refs: dict, weights: tuple[jax.Array, ...], carrier: Carrier) 
         left, right = refs["left"][r].astype(jnp.float32), refs["right"][r].astype(jnp.float32) * scale
         total = total - jnp.dot(left, right, precision="highest", preferred_element_type=jnp.float32)
     return total
-
-
-def _carriers(w: Any, carrier: Carrier) -> tuple[jax.Array, ...]:
-    """The carriers of the low and of the high nibbles, [K/2, N] each; of weights of 8 bits all, [K, N]."""
-    if w.dtype == jnp.int8:
-        return (w[...].astype(carrier.dtype),)
-    words = pltpu.bitcast(w[...], jnp.int32)
-    if carrier.fields:
-        return tuple(pltpu.bitcast(half, carrier.dtype) for half in carrier.halves(words))
-    own = carrier.dtype != jnp.float8_e4m3b11fnuz
-    return (pltpu.bitcast(words if own else without_negative_zeros(words), carrier.dtype),)
 
 
 def _slices(x: Any, weights: tuple[jax.Array, ...], start: int, size: int) -> tuple[jax.Array, jax.Array]:
@@ -208,14 +155,3 @@ def plain_packed_matmul(operands: Operands, carrier: Carrier, *, dtype: Any = jn
         part = part - jnp.einsum("rmg,rgn->gmn", left, right, precision="highest")
     total = (part.astype(jnp.float32) * scale[:, None, :]).sum(0)
     return (total if rows is None else total * rows).astype(dtype)
-
-
-def _check(x: jax.Array, w: jax.Array, scale: jax.Array, packed: bool) -> None:
-    k, groups = x.shape[1], scale.shape[0]
-    if k != w.shape[0] * (1 + packed) or scale.shape[1] != w.shape[1]:
-        raise ValueError(f"x {x.shape}, packed weights {w.shape} and scales {scale.shape} do not fit each other")
-    if not fits(k, groups, SMALLEST_GROUP):
-        raise ValueError(
-            f"{k} channels in {groups} groups: the kernel takes whole blocks of 256 in groups of 16, 32, 64 or a "
-            "multiple of 128; plain_packed_matmul takes any"
-        )

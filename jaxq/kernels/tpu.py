@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,20 +11,22 @@ import jax.numpy as jnp
 from jaxq.devices import device_kind
 from jaxq.formats import Float, Format, Int
 from jaxq.kernels.carrier import Carrier, float_carrier, int8_carrier, number_carrier
+from jaxq.kernels.decoded_matmul import Scaled, decoded_matmul
 from jaxq.kernels.layout import HALF, fits
-from jaxq.kernels.packed_matmul import SMALLEST_GROUP, Operands, packed_matmul
+from jaxq.kernels.packed_matmul import Operands, packed_matmul
 from jaxq.kernels.plain import MACHINE_FLOATS, Integers, element_scale
+from jaxq.kernels.tiles import SMALLEST_GROUP
 
 # The e4m3 of the matrix units, by `jax.Device.device_kind`. Where it is e4m3fn, two of them are multiplied at twice
 # the rate of bfloat16; the older ones multiply bfloat16 by any float of 8 bits at the rate of bfloat16.
 E4M3 = {"TPU v5 lite": jnp.float8_e4m3b11fnuz, "TPU v6 lite": jnp.float8_e4m3b11fnuz, "TPU7x": jnp.float8_e4m3fn}
 
-# With twice as many the kernel of groups below 128 takes up to 36 seconds to compile for 4096 channels and, on v5e,
-# longer than XLA's decoding of E4M3. At it, by the compilers' schedules, it takes as long as the product with a
-# bfloat16 weight on v5e and v6e, on v7x 1.8 times as long with 4 bits.
-STACKED_ROWS = 256
-# XLA decodes int8 faster than floats, beyond this as fast as the kernel; not on v7x, where it writes what it decoded.
-STACKED_INT8_ROWS = 192
+# Of groups below 128 a token takes 128 / size rows of the matrix unit, each times all of the weights. By the compilers'
+# schedules XLA, which decodes them, is as fast at about so many; with twice as many the kernel takes long to compile.
+STACKED_ROWS = 192
+# Beyond so many, decoding in the kernel takes less, where it may be: less than stacked rows, and than a pass over the
+# result for each group of 128 or more.
+MOST_STACKED, MOST_PASSES = 96, 96
 
 # So many products of numbers of 8 bits, zero points included, are below 2**31 in sum.
 MOST_CHANNELS = 2**15
@@ -71,25 +74,48 @@ def target(*operands: jax.Array) -> str | None:
     return kind if kind in E4M3 else None
 
 
-def has_kernel(x: Integers, fmt: Format | None, kind: str, groups: int = 1) -> bool:
+def has_kernel(x: Integers, fmt: Format | None, kind: str, groups: int = 1, seen: Any = jnp.float32) -> bool:
     """Whether `packed_product` multiplies [M, K] with weights of a format in so many groups: of 4 bits, or a machine's
     of 8, with integers of 8 bits or, exactly in bfloat16, what has as few significant bits; or with an activation in
-    bfloat16 that is not quantized. In groups below 128 a token takes 128 / size rows of the matrix unit, up to
-    `STACKED_ROWS`, of int8 on v5e and v6e `STACKED_INT8_ROWS`. Of int8 per channel XLA's own products are as fast on
-    v5e and v6e."""
-    rows, k = x.values.shape
+    bfloat16 that is not quantized. Of int8 per channel XLA's own products are as fast on v5e and v6e.
+
+    Args:
+      seen: the dtype in which the program has the weight: in bfloat16 it may be decoded.
+    """
+    (rows, k), integers = x.values.shape, isinstance(fmt, Int) and fmt.bits == 8
     if not isinstance(fmt, Int | Float) or not fits(k, groups, SMALLEST_GROUP):
         return False
-    integers = fmt == Int(8, fmt.symmetric) and k <= MOST_CHANNELS and (groups > 1 or kind == "TPU7x")
-    if fmt.bits != 4 and fmt not in MACHINE_FLOATS and not integers:
+    if fmt.bits != 4 and fmt not in MACHINE_FLOATS and not (integers and (groups > 1 or kind == "TPU7x")):
         return False
-    most = STACKED_INT8_ROWS if integers and kind != "TPU7x" else STACKED_ROWS
-    if k // groups < HALF and rows * HALF * groups // k > most:
+    if _decodes(x, fmt, kind, groups, seen):
+        return True
+    if _stacked(rows, k, groups) > STACKED_ROWS or (integers and k > MOST_CHANNELS):
         return False
     if x.bound is None:
         return x.values.dtype == jnp.bfloat16
     assert x.largest is not None and x.significant is not None
     return x.largest <= 128 if isinstance(fmt, Int) else x.significant <= 8 and x.center is None
+
+
+def _stacked(rows: int, k: int, groups: int) -> int:
+    """The rows that tokens take in groups below 128, 0 in others."""
+    return rows * HALF * groups // k if k // groups < HALF else 0
+
+
+def _decodes(x: Integers, fmt: Int | Float, kind: str, groups: int, seen: Any) -> bool:
+    """Whether weights in groups are multiplied in bfloat16: the program has them so, it holds the activation (integers
+    with their zero points), and tokens are many. On v5e int8 products of groups of 128 and more are faster, but for
+    zero points."""
+    rows, k = x.values.shape
+    many = rows > MOST_PASSES or _stacked(rows, k, groups) > MOST_STACKED
+    if groups == 1 or not many or jnp.dtype(seen) != jnp.bfloat16:
+        return False
+    if x.bound is None:
+        return x.values.dtype == jnp.bfloat16
+    assert x.largest is not None and x.significant is not None
+    int8 = isinstance(fmt, Int) and fmt.symmetric and x.center is None and x.largest <= 128
+    faster = int8 and kind == "TPU v5 lite" and k // groups >= HALF
+    return x.significant <= 8 and not faster
 
 
 def packed_product(
@@ -100,12 +126,11 @@ def packed_product(
     sums: jax.Array | None,
     kind: str,
     *,
+    seen: Any = jnp.float32,
     dtype: Any = jnp.float32,
     interpret: Any = False,
 ) -> jax.Array:
     """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by the kernel: y [M, N].
-
-    With Wc = W + d what the carriers hold, (x + a)(W + b) = x Wc - (d - b) sum(x) + a (sum(W) + K b), in each group.
 
     Args:
       x: as there; quantized ones are integers times a power of two of 8 significant bits at most.
@@ -115,20 +140,51 @@ def packed_product(
       fmt: of the codes.
       sums: of w's values over each group, int32 [groups, N].
       kind: the TPU, as `target` says.
+      seen: the dtype in which the program has the weight.
       dtype: of y, which is rounded once, in the kernel.
     """
+    scale = element_scale(w, fmt, codes.shape[1])
+    multiply = _decoded if _decodes(x, fmt, kind, scale.shape[0], seen) else _summed
+    return multiply(x, codes, replace(w, scale=scale), fmt, sums, kind, dtype=dtype, interpret=interpret)
+
+
+def _decoded(
+    x: Integers, codes: jax.Array, w: Integers, fmt: Int | Float, _: Any, kind: str, *, dtype: Any, interpret: Any
+) -> jax.Array:
+    carrier = weight_carrier(fmt, jnp.bfloat16, kind)
+    assert w.scale is not None
+    center = _held(fmt, carrier, w)
+    if center is not None:
+        center = jnp.broadcast_to(jnp.asarray(center, jnp.float32), w.scale.shape)
+    rows = None if x.scale is None else jnp.broadcast_to(x.scale, (x.values.shape[0], 1))
+    operands = Scaled(x.centered.astype(jnp.bfloat16), codes, w.scale, center, rows)
+    return decoded_matmul(operands, carrier, dtype=dtype, interpret=interpret)
+
+
+def _summed(
+    x: Integers,
+    codes: jax.Array,
+    w: Integers,
+    fmt: Int | Float,
+    sums: jax.Array | None,
+    kind: str,
+    *,
+    dtype: Any,
+    interpret: Any,
+) -> jax.Array:
+    """With Wc = W + d what the carriers hold, (x + a)(W + b) = x Wc - (d - b) sum(x) + a (sum(W) + K b), in each
+    group."""
+    assert w.scale is not None
     values_dtype, unit = _activations_dtype(x, fmt, kind)
     values = (x.values * jnp.asarray(unit, x.values.dtype)).astype(values_dtype)
     carrier = weight_carrier(fmt, values.dtype, kind)
-    (m, k), n = values.shape, codes.shape[1]
-    scale = element_scale(w, fmt, n)
-    groups = scale.shape[0]
+    (m, k), (groups, n) = values.shape, w.scale.shape
     exact = jnp.int32 if values.dtype == jnp.int8 else jnp.float32
     left, right = [], []
-    if isinstance(fmt, Int) and (w.center is not None or carrier.offset != 0):
-        middle = 0 if fmt.symmetric or fmt.bits == 8 else 2 ** (fmt.bits - 1)
+    held = _held(fmt, carrier, w)
+    if held is not None:
         left.append(_sums_of_groups(values, groups, exact))
-        right.append(carrier.offset + middle - (0 if w.center is None else w.center))
+        right.append(held)
     if x.center is not None:
         total = w.values.reshape(groups, -1, n).sum(1, dtype=jnp.int32) if sums is None else sums
         left.append(-x.center)
@@ -138,8 +194,16 @@ def packed_product(
         return jnp.stack([jnp.broadcast_to(jnp.asarray(a).astype(exact), shape) for a in parts]) if parts else None
 
     rows = None if x.scale is None else jnp.broadcast_to(x.scale * jnp.float32(1 / unit), (m, 1))
-    operands = Operands(values, codes, scale, rows, stacked(left, (m, groups)), stacked(right, (groups, n)))
+    operands = Operands(values, codes, w.scale, rows, stacked(left, (m, groups)), stacked(right, (groups, n)))
     return packed_matmul(operands, carrier, dtype=dtype, interpret=interpret)
+
+
+def _held(fmt: Int | Float, carrier: Carrier, w: Integers) -> Any:
+    """What carriers of integers have beyond `values + center`; None where it is nothing."""
+    if not isinstance(fmt, Int) or (w.center is None and carrier.offset == 0):
+        return None
+    middle = 0 if fmt.symmetric or fmt.bits == 8 else 2 ** (fmt.bits - 1)
+    return carrier.offset + middle - (0 if w.center is None else w.center)
 
 
 def _sums_of_groups(values: jax.Array, groups: int, dtype: Any) -> jax.Array:

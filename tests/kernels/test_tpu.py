@@ -147,9 +147,9 @@ def test_numbers_without_a_kernel():
     assert has_kernel(prefill, Int(4), v6e, 8), "groups of 64"
     assert not has_kernel(prefill, Int(4), v6e, 16), "of 32: decoding takes less by then"
     assert has_kernel(prefill, E5M2, v6e, 8) and not has_kernel(prefill, E5M2, v6e, 16)
-    fewer = Integers(prefill.values[:49])
-    assert has_kernel(fewer, E4M3FN, v6e, 16) and not has_kernel(fewer, Int(8), v6e, 16), "XLA decodes int8 faster"
-    assert has_kernel(fewer, Int(8), "TPU7x", 16)
+    assert has_kernel(prefill, Int(4), v6e, 16, jnp.bfloat16), "decoded to the program's own dtype"
+    assert not has_kernel(Integers(prefill.values.astype(jnp.float32)), Int(4), v6e, 16, jnp.bfloat16)
+    assert not has_kernel(shifted(wide, jnp.zeros((1, K), jnp.int8), 1), Int(4), v6e, 2, jnp.bfloat16), "nine bits"
     assert not has_kernel(shifted(whole, jnp.zeros((1, K), jnp.int8), 1), Int(4), v6e), "beyond 8 bits"
 
 
