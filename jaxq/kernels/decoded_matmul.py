@@ -19,7 +19,8 @@ from jaxq.kernels.carrier import Carrier
 from jaxq.kernels.layout import BLOCK, HALF
 from jaxq.kernels.tiles import Tile, carriers, tiled, whole_depth
 
-WHOLE, DEPTH = 12288, 4096  # channels that a step has at most: all of them, or a part
+WHOLE, DEPTH = 13824, 4096  # channels that a step has at most: all of them, or a part
+X_BYTES = 10 << 20  # a block of x with all of them
 
 
 class Scaled(NamedTuple):
@@ -63,9 +64,9 @@ def decoded_matmul(
 def tile_of(m: int, k: int, groups: int, n: int) -> Tile:
     """Many rows for each decoding: so beyond `WHOLE` channels only some of them for a step, where blocks of 8 groups
     divide them, and many columns, for each of which x is read again."""
-    size, unit = k // groups, 8 * max(k // groups, BLOCK // 8)
-    if k <= WHOLE or k % unit or size * groups != k:
-        return whole_depth(m, k, n, 2)
+    unit = 8 * max(k // groups, BLOCK // 8)
+    if k <= WHOLE or k % unit:
+        return whole_depth(m, k, n, 2, X_BYTES if k <= WHOLE else None)
     depth = max(d for d in range(unit, max(unit, DEPTH) + 1, unit) if k % d == 0)
     return Tile(min(-(-m // 8) * 8, 512), depth, min(n, 1024))
 

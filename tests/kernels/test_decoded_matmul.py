@@ -76,7 +76,7 @@ DEEP = [(600, 768, 1100, 16), (37, 1024, 130, 64), (37, 2048, 130, 128)]  # in t
 
 @pytest.mark.parametrize(("m", "k", "n", "size"), SHAPES + DEEP)
 def test_any_shape_and_its_plain_meaning(m, k, n, size, monkeypatch):
-    monkeypatch.setattr("jaxq.kernels.tiles.X_BYTES", 1 << 15)  # several blocks with ragged ends
+    monkeypatch.setattr("jaxq.kernels.decoded_matmul.X_BYTES", 1 << 15)  # several blocks with ragged ends
     monkeypatch.setattr(module, "WHOLE", 512)
     monkeypatch.setattr(module, "DEPTH", 256)
     steps = k // module.tile_of(m, k, k // size, n).depth
