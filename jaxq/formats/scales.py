@@ -1,0 +1,46 @@
+"""Scales of few bits as bytes and back, by their bits: not every backend has types for them.
+
+| scales         | stored  | what a byte stands for                      | no number |
+|----------------|---------|---------------------------------------------|-----------|
+| "real"         | float32 |                                             |           |
+| "power_of_two" | E8M0    | 2**(byte - 127)                             | 255       |
+| "e4m3"         | E4M3    | what a code of `Float(4, 3, reserved=1)` is | 127, 255  |
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.formats import floating
+from jaxq.formats.floating import Float
+
+Scales = Literal["real", "power_of_two", "e4m3"]
+
+E4M3 = Float(4, 3, reserved=1)
+
+
+def to_bytes(scales: Scales, scale: jax.Array) -> jax.Array:
+    """Normal float32 numbers that are such scales, of any shape, as they are stored: uint8 unless they are real."""
+    if scales == "real":
+        return scale
+    if scales == "e4m3":
+        return floating.encode(E4M3, scale, _ones(scale), None)
+    return jnp.right_shift(jax.lax.bitcast_convert_type(scale, jnp.int32), 23).astype(jnp.uint8)
+
+
+def from_bytes(scales: Scales, stored: jax.Array) -> jax.Array:
+    """The float32 numbers that are stored, of any shape; NaN where a byte stands for no number."""
+    if scales == "real":
+        return stored
+    if scales == "e4m3":
+        return jnp.where(stored & 127 == 127, jnp.nan, floating.decode(E4M3, stored, _ones(stored), None))
+    bits = stored.astype(jnp.int32)
+    quiet = jnp.where((bits == 0) | (bits == 255), 1 << 22, 0)  # 2**-127 is subnormal; NaN in place of infinity
+    return jax.lax.bitcast_convert_type(jnp.left_shift(bits, 23) | quiet, jnp.float32)
+
+
+def _ones(a: jax.Array) -> jax.Array:
+    return jnp.ones((1,) * a.ndim, jnp.float32)
