@@ -36,8 +36,8 @@ def pack(qparams: Any) -> Any:
 
     Raises:
       TypeError: under a transformation: what is packed must be at hand.
-      ValueError: a zero point is no whole number from 0 to 255, or a scale none of those that the grid says it has; with
-        the parameter's path. What jaxq quantizes has no such.
+      ValueError: a zero point is no whole number from 0 to 255, or a scale none of those that the grid says it
+        has; with the parameter's path. Only grids that were changed by hand, or trained, have such.
     """
     inputs = qparams.inputs if isinstance(qparams, Quantized) else {}
     params = qparams.params if isinstance(qparams, Quantized) else qparams
@@ -73,19 +73,23 @@ def check_packed(path: str, leaf: Packed) -> None:
     grid, asymmetric = leaf.stored, isinstance(leaf.format, Int) and not leaf.format.symmetric
     if grid.scale is None or (isinstance(leaf.format, Int) and (grid.zero is None) == asymmetric):
         raise ValueError(f"{path}: {leaf.format} without its scale or zero point, or one too many; {PACK_AGAIN}")
-    real, byte = np.dtype(np.float32), np.dtype(np.uint8)
-    kept = {"scale": real if grid.scales == "real" else byte, "zero": byte, "outer": real}
+    byte = np.dtype(np.uint8)
+    kept = {"scale": np.dtype(np.float32) if grid.scales == "real" else byte, "zero": byte}
     for name, dtype in kept.items():
-        a = getattr(grid, name)
-        if a is not None and a.dtype != dtype:
-            told = f"{a.dtype} where {grid.scales} scales and zero points have {dtype}"
-            raise ValueError(f"{path}: its {name} is {told}; {PACK_AGAIN}")
-    if grid.scales != "real" and not isinstance(grid.scale, Tracer) and jnp.isnan(leaf.grid.scale).any():
+        if (a := getattr(grid, name)) is not None and a.dtype != dtype:
+            raise ValueError(f"{path}: its {name} ({grid.scales} scales) is {a.dtype}, not {dtype}; {PACK_AGAIN}")
+    if grid.scales != "real" and not isinstance(grid.scale, Tracer) and _lacks_numbers(grid):
         raise ValueError(f"{path}: a byte of its {grid.scales} scales stands for no number; {PACK_AGAIN}")
     for a in jax.tree.leaves((grid, leaf.exponents, leaf.sums)):
         if a.ndim != leaf.ndim or any(n % max(m, 1) for n, m in zip(leaf.shape, a.shape)):
             found, shape = list(a.shape), list(leaf.shape)
             raise ValueError(f"{path}: numbers {found} do not divide the weight {shape}; {PACK_AGAIN}")
+
+
+def _lacks_numbers(stored: Grid) -> bool:
+    """Whether a scale is NaN, of a grid that is at hand, even if a program is being traced."""
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.isnan(stored.from_bytes().scale).any())
 
 
 def bits_per_weight(qparams: Any) -> float:
@@ -119,9 +123,10 @@ def _check_bytes(path: str, grid: Grid) -> None:
     """Raises ValueError where bytes do not hold a grid: one that was changed after it was made."""
     if grid.scales == "real" and grid.zero is None:
         return
-    scales, zeros = held_by_bytes(grid)
+    with jax.ensure_compile_time_eval():
+        scales, zeros = map(bool, held_by_bytes(grid))
     if not scales:
-        raise ValueError(f"{path}: some of its scales are not {grid.scales}; round them, or give it a Grid with real ones")
+        raise ValueError(f"{path}: some of its scales are not {grid.scales}; round them, or call them real")
     if not zeros:
         raise ValueError(f"{path}: some of its zero points are no whole numbers from 0 to 255; round and clip them")
 
@@ -134,8 +139,9 @@ def held_by_bytes(grid: Grid) -> tuple[jax.Array, jax.Array]:
         return jax.lax.bitcast_convert_type(a, jnp.int32)
 
     back = grid.to_bytes().from_bytes()
-    scales = grid.scales == "real" or (bits(back.scale) == bits(grid.scale)).all()
-    return jnp.asarray(scales), jnp.asarray(grid.zero is None or (back.zero == grid.zero).all())
+    same = (bits(back.scale) == bits(grid.scale)) & ~jnp.isnan(grid.scale)
+    zeros = jnp.bool_(True) if grid.zero is None else (back.zero == grid.zero).all()
+    return same.all() | jnp.bool_(grid.scales == "real"), zeros
 
 
 def _split(leaf: QTensor) -> Int | Float | None:

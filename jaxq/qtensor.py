@@ -15,7 +15,7 @@ from jax.export import register_pytree_node_serialization
 from jaxq.formats import Float, Format, Int, decode, encode
 from jaxq.formats.floating import power_of_two
 from jaxq.formats.integer import narrow
-from jaxq.formats.scales import Scales, from_bytes, to_bytes
+from jaxq.formats.scales import Scales, expand_blocks, from_bytes, to_bytes
 from jaxq.kernels.layout import can_split, eight_bit_codes, plane_rows, unpack_codes, widths
 
 
@@ -79,7 +79,7 @@ def pytree(cls: type[T]) -> type[T]:
 
 
 def _described(value: Any) -> Any:
-    """A static field as JSON: a format or granularity by its name and fields, a dtype, a tuple, integer, string, None."""
+    """A static field as JSON: a format or granularity by its name and fields; a dtype; tuple, integer, string, None."""
     if isinstance(value, get_args(Granularity) + FORMATS):
         return {"type": type(value).__name__, "fields": asdict(value)}
     if value is None or isinstance(value, tuple | int | str):
@@ -141,18 +141,6 @@ class Grid:
         """The float32 grid of which `to_bytes` made this one; NaN for a scale's byte that stands for no number."""
         zero = None if self.zero is None else self.zero.astype(jnp.float32)
         return replace(self, scale=from_bytes(self.scales, self.scale), zero=zero)
-
-
-def expand_blocks(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Repeats each axis of `a` that is neither 1 nor full, so that `a` broadcasts against `shape`."""
-    if a.ndim != len(shape):
-        a = a.reshape((1,) * (len(shape) - a.ndim) + a.shape)
-    for axis, (have, want) in enumerate(zip(a.shape, shape)):
-        if have not in (1, want):
-            runs = (*a.shape[: axis + 1], want // have, *a.shape[axis + 1 :])
-            a = jnp.broadcast_to(jnp.expand_dims(a, axis + 1), runs)  # not jnp.repeat, which XLA makes a gather of
-            a = a.reshape(*runs[:axis], want, *runs[axis + 2 :])
-    return a
 
 
 @pytree

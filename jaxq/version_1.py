@@ -21,7 +21,9 @@ def _grid(**parts: Any) -> Grid:
 
 def _packed(grid: Grid, **parts: Any) -> Packed:
     if not all(held_by_bytes(grid)):
-        raise ValueError("zero points of a packed weight are no whole numbers from 0 to 255: round and clip, pack again")
+        raise ValueError(
+            "zero points of a packed weight are no whole numbers from 0 to 255: round and clip, pack again"
+        )
     return Packed(stored=grid.to_bytes(), **parts)
 
 

@@ -1,4 +1,4 @@
-"""Scales of few bits as bytes and back, by their bits: not every backend has types for them.
+"""Scales of blocks: repeated over what they scale, and as bytes, by their bits: not every backend has types for them.
 
 | scales         | stored  | what a byte stands for                      | no number |
 |----------------|---------|---------------------------------------------|-----------|
@@ -20,6 +20,18 @@ from jaxq.formats.floating import Float
 Scales = Literal["real", "power_of_two", "e4m3"]
 
 E4M3 = Float(4, 3, reserved=1)
+
+
+def expand_blocks(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Repeats each axis of `a` that is neither 1 nor full, so that `a` broadcasts against `shape`."""
+    if a.ndim != len(shape):
+        a = a.reshape((1,) * (len(shape) - a.ndim) + a.shape)
+    for axis, (have, want) in enumerate(zip(a.shape, shape)):
+        if have not in (1, want):
+            runs = (*a.shape[: axis + 1], want // have, *a.shape[axis + 1 :])
+            a = jnp.broadcast_to(jnp.expand_dims(a, axis + 1), runs)  # not jnp.repeat, which XLA makes a gather of
+            a = a.reshape(*runs[:axis], want, *runs[axis + 2 :])
+    return a
 
 
 def to_bytes(scales: Scales, scale: jax.Array) -> jax.Array:
