@@ -4,7 +4,9 @@
 |----------------|---------|---------------------------------------------|-----------|
 | "real"         | float32 |                                             |           |
 | "power_of_two" | E8M0    | 2**(byte - 127)                             | 255       |
-| "e4m3"         | E4M3    | what a code of `Float(4, 3, reserved=1)` is | 127, 255  |
+| "e4m3"         | E4M3    | what a code of `Float(4, 3, reserved=1)` is | 127       |
+
+Scales are positive: E4M3's bytes from 128 on stand for none here.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def to_bytes(scales: Scales, scale: jax.Array) -> jax.Array:
     if scales == "real":
         return scale
     if scales == "e4m3":
-        return floating.encode(E4M3, scale, _ones(scale), None)
+        return floating.encode(E4M3, scale, jnp.ones((1,) * scale.ndim), None)
     return jnp.right_shift(jax.lax.bitcast_convert_type(scale, jnp.int32), 23).astype(jnp.uint8)
 
 
@@ -47,12 +49,11 @@ def from_bytes(scales: Scales, stored: jax.Array) -> jax.Array:
     """The float32 numbers that are stored, of any shape; NaN where a byte stands for no number."""
     if scales == "real":
         return stored
-    if scales == "e4m3":
-        return jnp.where(stored & 127 == 127, jnp.nan, floating.decode(E4M3, stored, _ones(stored), None))
     bits = stored.astype(jnp.int32)
-    quiet = jnp.where((bits == 0) | (bits == 255), 1 << 22, 0)  # 2**-127 is subnormal; NaN in place of infinity
-    return jax.lax.bitcast_convert_type(jnp.left_shift(bits, 23) | quiet, jnp.float32)
-
-
-def _ones(a: jax.Array) -> jax.Array:
-    return jnp.ones((1,) * a.ndim, jnp.float32)
+    if scales == "power_of_two":
+        quiet = jnp.where((bits == 0) | (bits == 255), 1 << 22, 0)  # 2**-127 is subnormal; NaN in place of infinity
+        return jax.lax.bitcast_convert_type(jnp.left_shift(bits, 23) | quiet, jnp.float32)
+    tiny = bits < 8  # E4M3's subnormal numbers: as (1 + k/8) * 2**-6, and 2**-6 taken off
+    raised = jnp.left_shift(bits, 20) + jnp.where(tiny, 121 << 23, 120 << 23)
+    number = jax.lax.bitcast_convert_type(raised, jnp.float32) - jnp.where(tiny, jnp.float32(2**-6), jnp.float32(0))
+    return jnp.where(bits < 127, number, jnp.nan)

@@ -19,6 +19,7 @@ BYTES = np.arange(256, dtype=np.uint8).reshape(16, 16)
 def test_every_byte_is_the_machines_number(scales, transform):
     found = np.asarray(transform(lambda a: from_bytes(scales, a))(jnp.asarray(BYTES)))
     want = BYTES.view(DTYPES[scales]).astype(np.float32)
+    want = np.where(np.signbit(want), np.nan, want)  # scales are positive
     assert found.dtype == np.float32
     np.testing.assert_array_equal(np.isnan(found), np.isnan(want))
     numbers = ~np.isnan(want)
@@ -29,9 +30,9 @@ def test_every_byte_is_the_machines_number(scales, transform):
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_every_normal_number_is_its_byte(scales, transform):
     values = BYTES.view(DTYPES[scales]).astype(np.float32)
-    normal = np.isfinite(values) & (np.abs(values) >= 2.0**-126)
+    normal = np.isfinite(values) & (values >= 2.0**-126)
     found = transform(lambda a: to_bytes(scales, a))(jnp.asarray(values))
-    assert found.dtype == jnp.uint8 and normal.sum() >= 252
+    assert found.dtype == jnp.uint8 and normal.sum() == {"power_of_two": 254, "e4m3": 126}[scales]
     np.testing.assert_array_equal(np.asarray(found)[normal], BYTES[normal])
 
 
