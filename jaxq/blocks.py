@@ -20,9 +20,9 @@ import jax.numpy as jnp
 
 from jaxq.formats import Float, Format, divide, fake_quant, grid_from_range
 from jaxq.formats.floating import SMALLEST_NORMAL, exponent_of, power_of_two
+from jaxq.formats.scales import E4M3
 from jaxq.qtensor import Granularity, Grid, PerGroup, PerTensor
 
-E4M3 = Float(4, 3, reserved=1)
 SMALLEST_E4M3 = 2.0**-9
 
 
@@ -68,7 +68,7 @@ def _microscaled(fmt: Float, width: jax.Array, whole: tuple[int, ...]) -> Grid:
     largest = math.frexp(fmt.largest)[1] - 1
     scale = power_of_two(jnp.maximum(exponent_of(width) - largest, SMALLEST_NORMAL))
     scale = jnp.where(width == 0, jnp.float32(1), scale)
-    return Grid(scale, outer=jnp.ones_like(width.max(whole, keepdims=True)))
+    return Grid(scale, outer=jnp.ones_like(width.max(whole, keepdims=True)), scales="power_of_two")
 
 
 def _e4m3_scaled(fmt: Float, width: jax.Array, whole: tuple[int, ...]) -> Grid:
@@ -83,4 +83,4 @@ def _e4m3_scaled(fmt: Float, width: jax.Array, whole: tuple[int, ...]) -> Grid:
     outer = jnp.where(most == 0, jnp.float32(1), jnp.maximum(outer, jnp.float32(2.0**SMALLEST_NORMAL / step)))
     wanted = divide(divide(width, jnp.full_like(width, fmt.largest)), jnp.broadcast_to(outer, width.shape))
     scale = jnp.maximum(fake_quant(E4M3, wanted, jnp.ones_like(most)), SMALLEST_E4M3)
-    return Grid(jnp.where(width == 0, jnp.float32(1), scale), outer=outer)
+    return Grid(jnp.where(width == 0, jnp.float32(1), scale), outer=outer, scales="e4m3")

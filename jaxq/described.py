@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from math import prod
 from typing import Any, get_args
@@ -72,8 +73,8 @@ def _describe_array(array: Any, at: str, arrays: dict[str, np.ndarray]) -> list[
     return [key, host.dtype.name, list(host.shape), zlib.crc32(host.tobytes())]
 
 
-def restore(node: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """What `describe` was given; an array may also be there as its bytes, uint8 [n].
+def restore(node: Any, arrays: dict[str, np.ndarray], records: Mapping[str, Callable] = RECORDS) -> Any:
+    """What `describe` was given; an array may also be there as its bytes, uint8 [n]. `records` make dataclasses.
 
     Arrays come back as JAX arrays; a float64 or int64 one stays a NumPy array unless jax_enable_x64 is set. Raises
     ValueError, or what indexing raises, where JSON or arrays are damaged.
@@ -87,13 +88,13 @@ def restore(node: Any, arrays: dict[str, np.ndarray]) -> Any:
     if name == "dtype":
         return jnp.dtype(parts)
     if name in ("list", "tuple"):
-        return {"list": list, "tuple": tuple}[name](restore(child, arrays) for child in parts)
-    children = {key: restore(child, arrays) for key, child in parts.items()}
+        return {"list": list, "tuple": tuple}[name](restore(child, arrays, records) for child in parts)
+    children = {key: restore(child, arrays, records) for key, child in parts.items()}
     if name in ("dict", "dict by int"):
         return children if name == "dict" else {int(key): child for key, child in children.items()}
-    if name not in RECORDS:
-        raise ValueError(f"unknown type {name!r}; known are {', '.join(RECORDS)}")
-    return RECORDS[name](**children)
+    if name not in records:
+        raise ValueError(f"unknown type {name!r}; known are {', '.join(records)}")
+    return records[name](**children)
 
 
 def _restore_array(key: str, dtype: np.dtype, shape: list[int], crc: int, arrays: dict[str, np.ndarray]) -> Any:

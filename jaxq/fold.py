@@ -14,7 +14,7 @@ from jaxq.program.graph import Node
 from jaxq.program.groups import GroupPlan, Layout
 from jaxq.program.trace import replace_leaves, trace_to_edit
 from jaxq.program.views import pull
-from jaxq.qtensor import InputQuant, QTensor, Quantized, Transform, is_qtensor
+from jaxq.qtensor import InputQuant, Packed, QTensor, Quantized, Transform, is_qtensor
 from jaxq.steps.group import through
 
 Leaves = dict[str, Any]
@@ -28,9 +28,11 @@ def divided(leaf: Any, v: jax.Array) -> Any:
     """A leaf over a spread vector; a quantized one keeps its codes and divides its scales (exact: only its output
     channels are concerned)."""
     if is_qtensor(leaf):
-        coarsest = "scale" if leaf.grid.outer is None else "outer"  # a block's scale stays a number of few bits
-        factor = getattr(leaf.grid, coarsest) / v.astype(jnp.float32)
-        return replace(leaf, grid=replace(leaf.grid, **{coarsest: factor}))
+        name = "stored" if isinstance(leaf, Packed) else "grid"
+        grid = getattr(leaf, name)
+        coarsest = "scale" if grid.outer is None else "outer"  # a block's scale stays a number of few bits
+        factor = getattr(grid, coarsest) / v.astype(jnp.float32)
+        return replace(leaf, **{name: replace(grid, **{coarsest: factor})})
     return jnp.asarray(leaf) / v.astype(leaf.dtype)
 
 

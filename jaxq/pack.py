@@ -1,4 +1,4 @@
-"""`pack`: the codes of a quantized model as few bits in memory, and what they weigh."""
+"""`pack`: the codes and grids of a quantized model as few bits in memory, and what they weigh."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxq.formats import AnyFloat, Float, Int
-from jaxq.kernels.layout import pack_codes, plane_rows, widths
+from jaxq.kernels.layout import eight_bit_integers, pack_codes, plane_rows, widths
 from jaxq.kernels.plain import weight_integers
 from jaxq.program.trace import path_name
-from jaxq.qtensor import InputQuant, Packed, QTensor, Quantized, eight_bit_integers, is_qtensor
+from jaxq.qtensor import Grid, InputQuant, Packed, QTensor, Quantized, is_qtensor
 
 PACK_AGAIN = "take the leaf that `pack` made, or pack again"
 
 
 def pack(qparams: Any) -> Any:
     """The same model with its codes packed: codes of b bits take b bits. `execute` multiplies with them as they are.
+
+    Zero points take a byte each, and so do scales of a block format (powers of two, E4M3); others are float32.
 
     Args:
       qparams: what `calibrate` returned, or any tree with `QTensor` leaves. Leaves that are packed already, or that are
@@ -34,13 +36,16 @@ def pack(qparams: Any) -> Any:
 
     Raises:
       TypeError: under a transformation: what is packed must be at hand.
+      ValueError: a zero point is no whole number from 0 to 255, or a scale none of those that the grid says it
+        has; with the parameter's path. Only grids that were changed by hand, or trained, have such.
     """
     inputs = qparams.inputs if isinstance(qparams, Quantized) else {}
     params = qparams.params if isinstance(qparams, Quantized) else qparams
     corrected = {site.partition("#")[0] for quant in inputs.values() if _has_zero(quant) for site in quant.sites}
 
     def new(keys: tuple[Any, ...], leaf: Any) -> Any:
-        return _pack(leaf, path_name(keys) in corrected) if isinstance(leaf, QTensor) else leaf
+        path = path_name(keys)
+        return _pack(path, leaf, path in corrected) if isinstance(leaf, QTensor) else leaf
 
     packed = jax.tree_util.tree_map_with_path(new, params, is_leaf=is_qtensor)
     return replace(qparams, params=packed) if isinstance(qparams, Quantized) else packed
@@ -65,12 +70,26 @@ def check_packed(path: str, leaf: Packed) -> None:
     if len(leaf.planes) != len(sizes) or not bytes_ or (whole and found != sizes):
         planes = ", ".join(f"{plane.dtype}{list(plane.shape)}" for plane in leaf.planes) or "none"
         raise ValueError(f"{path}: planes {planes} are not those of {rows} codes of {bits} bits, {sizes}; {PACK_AGAIN}")
-    if leaf.grid.scale is None or (isinstance(leaf.format, Int) and (leaf.grid.zero is None) != leaf.format.symmetric):
+    grid, asymmetric = leaf.stored, isinstance(leaf.format, Int) and not leaf.format.symmetric
+    if grid.scale is None or (isinstance(leaf.format, Int) and (grid.zero is None) == asymmetric):
         raise ValueError(f"{path}: {leaf.format} without its scale or zero point, or one too many; {PACK_AGAIN}")
-    for a in jax.tree.leaves((leaf.grid, leaf.exponents, leaf.sums)):
+    byte = np.dtype(np.uint8)
+    kept = {"scale": np.dtype(np.float32) if grid.scales == "real" else byte, "zero": byte}
+    for name, dtype in kept.items():
+        if (a := getattr(grid, name)) is not None and a.dtype != dtype:
+            raise ValueError(f"{path}: its {name} ({grid.scales} scales) is {a.dtype}, not {dtype}; {PACK_AGAIN}")
+    if grid.scales != "real" and not isinstance(grid.scale, Tracer) and _lacks_numbers(grid):
+        raise ValueError(f"{path}: a byte of its {grid.scales} scales stands for no number; {PACK_AGAIN}")
+    for a in jax.tree.leaves((grid, leaf.exponents, leaf.sums)):
         if a.ndim != leaf.ndim or any(n % max(m, 1) for n, m in zip(leaf.shape, a.shape)):
             found, shape = list(a.shape), list(leaf.shape)
             raise ValueError(f"{path}: numbers {found} do not divide the weight {shape}; {PACK_AGAIN}")
+
+
+def _lacks_numbers(stored: Grid) -> bool:
+    """Whether a scale is NaN, of a grid that is at hand, even if a program is being traced."""
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.isnan(stored.from_bytes().scale).any())
 
 
 def bits_per_weight(qparams: Any) -> float:
@@ -88,15 +107,41 @@ def _has_zero(quant: InputQuant) -> bool:
     return isinstance(quant.format, Int) and not quant.format.symmetric
 
 
-def _pack(leaf: QTensor, sums: bool) -> Packed:
+def _pack(path: str, leaf: QTensor, sums: bool) -> Packed:
     if any(isinstance(a, Tracer) for a in jax.tree.leaves(leaf)):
         raise TypeError("pack: the codes are not at hand under jit or another transformation; call it outside")
+    _check_bytes(path, leaf.grid)
     start, stop = _rows(leaf)
     reach = 0
     if leaf.exponents is not None:
         exponents = np.asarray(leaf.exponents)
         reach = int(exponents.max()) - int(exponents.min())
     return _packed(leaf, start, stop, sums and isinstance(leaf.format, Int), reach, _split(leaf))
+
+
+def _check_bytes(path: str, grid: Grid) -> None:
+    """Raises ValueError where bytes do not hold a grid: one that was changed after it was made."""
+    if grid.scales == "real" and grid.zero is None:
+        return
+    with jax.ensure_compile_time_eval():
+        scales, zeros = map(bool, held_by_bytes(grid))
+    if not scales:
+        raise ValueError(f"{path}: some of its scales are not {grid.scales}; round them, or call them real")
+    if not zeros:
+        raise ValueError(f"{path}: some of its zero points are no whole numbers from 0 to 255; round and clip them")
+
+
+@jax.jit
+def held_by_bytes(grid: Grid) -> tuple[jax.Array, jax.Array]:
+    """Whether `Grid.to_bytes` keeps all scales, bit for bit, and all zero points."""
+
+    def bits(a: jax.Array) -> jax.Array:  # numbers that are subnormal may all be equal
+        return jax.lax.bitcast_convert_type(a, jnp.int32)
+
+    back = grid.to_bytes().from_bytes()
+    same = (bits(back.scale) == bits(grid.scale)) & ~jnp.isnan(grid.scale)
+    zeros = jnp.bool_(True) if grid.zero is None else (back.zero == grid.zero).all()
+    return same.all() | jnp.bool_(grid.scales == "real"), zeros
 
 
 def _split(leaf: QTensor) -> Int | Float | None:
@@ -126,7 +171,8 @@ def _packed(leaf: QTensor, start: int, stop: int, sums: bool, reach: int, split:
             weight_integers(leaf).values.reshape(*shape[:start], groups, -1, *columns).sum(start + 1, dtype=jnp.int32)
         )
         total = total.reshape(*shape[:start], groups, *(1 for _ in rows[1:]), *columns)
-    return Packed(planes, leaf.grid, leaf.format, rows, columns, leaf.dtype, leaf.exponents, total, reach, split)
+    stored = leaf.grid.to_bytes()
+    return Packed(planes, stored, leaf.format, rows, columns, leaf.dtype, leaf.exponents, total, reach, split)
 
 
 def _rows(leaf: QTensor) -> tuple[int, int]:

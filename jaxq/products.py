@@ -30,7 +30,7 @@ def multiplies(eqn: Any, site: Site, x: jax.Array, leaf: Packed, quant: InputQua
     own axes."""
     if site.kind != "linear" or site.experts or site.operands.experts or eqn.params.get("out_sharding") is not None:
         return False
-    grids = jax.tree.leaves(leaf.grid)
+    grids = jax.tree.leaves(leaf.stored)
     fits = all(a.ndim == leaf.ndim for a in grids)
     if fits and any(a.shape[i] > 1 for a in grids for i in site.leaf_axes):
         fits = site.leaf_axes == (0,) and _device(products, x, leaf.planes[0]) is not None
@@ -68,7 +68,7 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
     ops, dtype = site.operands, eqn.outvars[0].aval.dtype
     rows, views = _each(x, partial(_rows, ops)), site.ref.views if site.ref else ()
     matrix = partial(_columns, ops, views)
-    groups = max(a.shape[i] for a in jax.tree.leaves(leaf.grid) for i in site.leaf_axes)
+    groups = max(a.shape[i] for a in jax.tree.leaves(leaf.stored) for i in site.leaf_axes)
     if leaf.exponents is not None:
         rows = shifted(rows, matrix(leaf.exponents).T, leaf.reach)
     in_place = all(isinstance(view, Convert) for view in views) and leaf.columns and leaf.planes[0].ndim == 2
@@ -208,7 +208,7 @@ def looks_up(eqn: Any, site: Site, leaf: Packed) -> bool:
     rows = (numbers.start_index_map, numbers.collapsed_slice_dims) == ((0,), (0,)) and not numbers.operand_batching_dims
     last = tuple(numbers.offset_dims) == (eqn.outvars[0].aval.ndim - 1,)
     plain = site.ref is not None and not site.ref.views and leaf.exponents is None and params["fill_value"] is None
-    plain &= leaf.grid.outer is None
+    plain &= leaf.stored.outer is None
     return plain and rows and last and not leaf.columns and tuple(params["slice_sizes"]) == (1, *leaf.rows)
 
 
@@ -221,6 +221,6 @@ def look_up(eqn: Any, leaf: Packed, indices: jax.Array) -> jax.Array:
         return lax.gather(a, indices, slice_sizes=(1, a.shape[1]), **params)
 
     # One scale for each row, so that an index out of bounds finds NaN where the gather would have found it.
-    scale = jnp.broadcast_to(leaf.grid.scale, (height, leaf.grid.scale.shape[1]))
-    grid = jax.tree.map(lambda a: pick(a) if a.shape[0] == height else a, replace(leaf.grid, scale=scale))
-    return replace(leaf, planes=tuple(map(pick, leaf.planes)), grid=grid).dequantize()
+    scale = jnp.broadcast_to(leaf.stored.scale, (height, leaf.stored.scale.shape[1]))
+    stored = jax.tree.map(lambda a: pick(a) if a.shape[0] == height else a, replace(leaf.stored, scale=scale))
+    return replace(leaf, planes=tuple(map(pick, leaf.planes)), stored=stored).dequantize()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import prod
-from typing import Any, Literal, TypeVar, dataclass_transform, get_args
+from typing import Any, TypeVar, dataclass_transform, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ from jax.export import register_pytree_node_serialization
 
 from jaxq.formats import Float, Format, Int, decode, encode
 from jaxq.formats.floating import power_of_two
-from jaxq.kernels.layout import can_split, plane_rows, unpack_codes, widths
+from jaxq.formats.integer import narrow
+from jaxq.formats.scales import Scales, expand_blocks, from_bytes, to_bytes
+from jaxq.kernels.layout import can_split, eight_bit_codes, plane_rows, unpack_codes, widths
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,6 @@ class PerChannel:
 @dataclass(frozen=True)
 class PerToken:
     """One grid for each token, recomputed from its min and max at every call (dynamic); activations only."""
-
-
-Scales = Literal["real", "power_of_two", "e4m3"]
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,10 @@ def pytree(cls: type[T]) -> type[T]:
 
 
 def _described(value: Any) -> Any:
-    """A static field as JSON: a format or granularity by its name and fields, a dtype, a tuple, an integer, None."""
+    """A static field as JSON: a format or granularity by its name and fields; a dtype; tuple, integer, string, None."""
     if isinstance(value, get_args(Granularity) + FORMATS):
         return {"type": type(value).__name__, "fields": asdict(value)}
-    if value is None or isinstance(value, tuple | int):
+    if value is None or isinstance(value, tuple | int | str):
         return value
     return {"dtype": jnp.dtype(value).name}
 
@@ -91,7 +90,7 @@ def _described(value: Any) -> Any:
 def _restored(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
-    if value is None or isinstance(value, int):
+    if value is None or isinstance(value, int | str):
         return value
     if "dtype" in value:
         return jnp.dtype(value["dtype"])
@@ -112,13 +111,15 @@ class Grid:
     All arrays have the rank of what they quantize, and each of their axes divides the corresponding axis there: 1 is
     shared, n is one each, n/g is one for each run of g. `zero` is None for symmetric formats; `mantissa` (int8) holds
     the mantissa bits of an `AnyFloat`, None for its usual split and for other formats. The hardware's block formats
-    have two factors, `scale * outer` in place of `scale`: what is stored for each block, and for the whole tensor.
+    have two factors, `scale * outer` in place of `scale`: what is stored for each block, and for the whole tensor;
+    `scales` is what `PerGroup.scales` says of the former.
     """
 
     scale: jax.Array
     zero: jax.Array | None = None
     mantissa: jax.Array | None = None
     outer: jax.Array | None = None
+    scales: Scales = static(default="real")
 
     @property
     def factor(self) -> jax.Array:
@@ -130,17 +131,16 @@ class Grid:
         against an array of `shape`."""
         return jax.tree.map(lambda a: expand_blocks(a, shape), Grid(self.factor, self.zero, self.mantissa))
 
+    def to_bytes(self) -> Grid:
+        """The same grid with a byte (uint8) for each zero point, and for each scale unless those are real numbers.
+        Exact for whole zero points from 0 to 255 and scales that are what `scales` says."""
+        zero = None if self.zero is None else narrow(self.zero.astype(jnp.float32), jnp.uint8)
+        return replace(self, scale=to_bytes(self.scales, self.scale), zero=zero)
 
-def expand_blocks(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Repeats each axis of `a` that is neither 1 nor full, so that `a` broadcasts against `shape`."""
-    if a.ndim != len(shape):
-        a = a.reshape((1,) * (len(shape) - a.ndim) + a.shape)
-    for axis, (have, want) in enumerate(zip(a.shape, shape)):
-        if have not in (1, want):
-            runs = (*a.shape[: axis + 1], want // have, *a.shape[axis + 1 :])
-            a = jnp.broadcast_to(jnp.expand_dims(a, axis + 1), runs)  # not jnp.repeat, which XLA makes a gather of
-            a = a.reshape(*runs[:axis], want, *runs[axis + 2 :])
-    return a
+    def from_bytes(self) -> Grid:
+        """The float32 grid of which `to_bytes` made this one; NaN for a scale's byte that stands for no number."""
+        zero = None if self.zero is None else self.zero.astype(jnp.float32)
+        return replace(self, scale=from_bytes(self.scales, self.scale), zero=zero)
 
 
 @pytree
@@ -180,15 +180,15 @@ class Packed:
 
     The codes of a [*lead, *rows, *columns] weight are planes of uint8 [*lead, bytes, columns], packed along `rows`, the
     axes that an output channel sums over; a table of [*lead, row], whose rows are looked up, has planes [*lead, bytes].
-    Integers of 8 bits are there as products read them: int8, an asymmetric one's code less 128. Everything else is the
-    QTensor's. `sums` (int32, of the leaf's rank) holds the sums of the integers over `rows`, or over each group there,
-    by which zero points of activations are corrected; None where no activation has one. `reach` is how much the
-    exponents of one weight differ at most. `split` is the format; of an `AnyFloat` the one that all codes have, None
-    where they differ.
+    Integers of 8 bits are there as products read them: int8, an asymmetric one's code less 128. `stored` is the grid as
+    `Grid.to_bytes` has it. Everything else is the QTensor's. `sums` (int32, of the leaf's rank) holds the sums of the
+    integers over `rows`, or over each group there, by which zero points of activations are corrected; None where no
+    activation has one. `reach` is how much the exponents of one weight differ at most. `split` is the format; of an
+    `AnyFloat` the one that all codes have, None where they differ.
     """
 
     planes: tuple[jax.Array, ...]
-    grid: Grid
+    stored: Grid
     format: Format = static()
     rows: tuple[int, ...] = static()
     columns: tuple[int, ...] = static()
@@ -209,6 +209,11 @@ class Packed:
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def grid(self) -> Grid:
+        """The QTensor's grid, made of its bytes at every call."""
+        return self.stored.from_bytes()
 
     @property
     def local_rows(self) -> tuple[int, ...]:
@@ -235,17 +240,6 @@ class Packed:
     def dequantize(self) -> jax.Array:
         """The array this leaf stands for."""
         return self.unpack().dequantize()
-
-
-def eight_bit_integers(codes: jax.Array, fmt: Int) -> jax.Array:
-    """Codes of 8 bits, uint8, as int8: an asymmetric integer's less 128."""
-    return jax.lax.bitcast_convert_type(codes if fmt.symmetric else codes ^ jnp.uint8(128), jnp.int8)
-
-
-def eight_bit_codes(integers: jax.Array, fmt: Int) -> jax.Array:
-    """The codes, uint8, of which `eight_bit_integers` made int8."""
-    codes = jax.lax.bitcast_convert_type(integers, jnp.uint8)
-    return codes if fmt.symmetric else codes ^ jnp.uint8(128)
 
 
 def quantize_array(w: jax.Array, fmt: Format, grid: Grid) -> QTensor:

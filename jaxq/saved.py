@@ -17,7 +17,7 @@ from jaxq.models import Model, cast_once, load, model_of
 from jaxq.models.build import in_float32
 from jaxq.models.hf import check_finite, read_preprocessor, read_tokenizer, save_readers
 from jaxq.program.trace import named_leaves
-from jaxq.qtensor import Quantized
+from jaxq.qtensor import Packed, Quantized
 from jaxq.storage import ARRAYS, STRUCTURE
 from jaxq.storage import load as load_quantized
 from jaxq.storage import save as save_quantized
@@ -80,7 +80,8 @@ def check_weights(name_or_dir: str | os.PathLike[str]) -> None:
         return check_finite(str(name_or_dir))
     quantized, _ = load_quantized(path)
     for where, leaf in named_leaves((quantized.params, quantized.inputs)):
-        numbers = [part for part in jax.tree.leaves(leaf) if jnp.issubdtype(part.dtype, jnp.floating)]
+        parts = (leaf, leaf.grid) if isinstance(leaf, Packed) else leaf  # whose scales may be bytes
+        numbers = [part for part in jax.tree.leaves(parts) if jnp.issubdtype(part.dtype, jnp.floating)]
         if not all(jnp.isfinite(part).all() for part in numbers):
             name = where.partition("/")[2]
             raise ValueError(f"{path / ARRAYS}: {name} holds NaN or infinity; quantize the model or copy it again")

@@ -17,10 +17,12 @@ from uuid import uuid4
 import jax
 import numpy as np
 
-from jaxq.described import describe, kind, restore
+from jaxq.described import RECORDS, describe, kind, restore
 from jaxq.qtensor import Quantized
+from jaxq.version_1 import RECORDS_1
 
-VERSION = 1
+VERSION = 2
+READ = {1: RECORDS_1, VERSION: RECORDS}
 STRUCTURE, ARRAYS = "jaxq.json", "arrays"
 
 
@@ -62,7 +64,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Quantized, dict[str, Any]]:
-    """Reads what `save` wrote: the model, bit for bit, and `about`.
+    """Reads what `save` wrote: the model, bit for bit, and `about`. What version 1 wrote becomes what `pack` makes now.
 
     Arrays come back as JAX arrays; a float64 or int64 one stays a NumPy array unless jax_enable_x64 is set. Raises
     FileNotFoundError for a missing directory or `jaxq.json`, and ValueError, naming the file and the culprit, for
@@ -79,7 +81,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Quantized, dict[str, Any]]:
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
             raise ValueError(f"{path / ARRAYS}: the arrays cannot be read, the files are damaged ({error})") from error
     try:
-        quantized = restore(document["tree"], arrays)
+        quantized = restore(document["tree"], arrays, READ[document["version"]])
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {STRUCTURE} and the arrays do not make a model: {error}") from error
     if not isinstance(quantized, Quantized):
@@ -98,8 +100,8 @@ def _read_document(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON, the file is damaged ({error})") from error
     version = document.get("version") if isinstance(document, dict) else None
-    if version != VERSION:
-        raise ValueError(f"{file}: version {version!r}, this jaxq reads version {VERSION}")
+    if version not in tuple(READ):
+        raise ValueError(f"{file}: version {version!r}, this jaxq reads versions {', '.join(map(str, READ))}")
     if not {"about", "tree"} <= document.keys():
         raise ValueError(f"{file}: the keys 'about' and 'tree' are expected, found {sorted(document)}")
     return document

@@ -97,7 +97,10 @@ def test_every_kind_of_activation(fmt, activations):
     [
         jaxq.per_tensor(jaxq.Int(8, symmetric=False)),
         jaxq.per_group(jaxq.Int(4), 8),
+        jaxq.per_group(jaxq.Int(4, symmetric=False), 64),
         jaxq.per_group(jaxq.Float(2, 1), 32),
+        jaxq.mxfp8(),
+        jaxq.mxfp6(),
         jaxq.mxfp4(),
         jaxq.nvfp4(),
     ],
@@ -339,12 +342,18 @@ def test_damaged_leaves_are_refused(quantized):
     with pytest.raises(ValueError, match="not those of 16 codes of 8 bits"):
         replace(leaf, planes=(leaf.planes[0][:7],)).unpack()
     kernel, run = leaf, jaxq.execute(mlp)
+
+    def stored(**parts: Any) -> Packed:
+        return replace(kernel, stored=replace(kernel.stored, **parts))
+
     damaged = {
         r"a/kernel: planes int8\[8, \d+\] are not": replace(kernel, planes=(kernel.planes[0][:8],)),
         r"a/kernel: planes none are not": replace(kernel, planes=()),
         r"a/kernel: planes float32": replace(kernel, planes=(kernel.planes[0].astype(jnp.float32),)),
-        r"a/kernel: .* without its scale": replace(kernel, grid=replace(kernel.grid, scale=None)),
-        r"a/kernel: numbers \[1, 5\] do not divide": replace(kernel, grid=replace(kernel.grid, scale=jnp.ones((1, 5)))),
+        r"a/kernel: .* without its scale": stored(scale=None),
+        r"a/kernel: .* or one too many": stored(zero=jnp.zeros((1, 1), jnp.uint8)),
+        r"a/kernel: numbers \[1, 5\] do not divide": stored(scale=jnp.ones((1, 5))),
+        r"a/kernel: its scale \(real scales\) is uint8, not float32": stored(scale=jnp.ones((1, 1), jnp.uint8)),
     }
     for message, wrong in damaged.items():
         params = {**packed.params, "a": {**packed.params["a"], "kernel": wrong}}

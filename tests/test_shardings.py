@@ -35,7 +35,7 @@ def test_codes_go_with_the_weight_and_scales_along_the_axes_they_have():
     assert found["w"].codes == P("model", "data")
     assert found["w"].grid.scale == found["w"].grid.zero == P(None, "data")
     packed = specs(jaxq.pack({"w": leaf}), {"w": P("model", "data")})["w"]
-    assert packed.planes == (P("model", "data"),) and packed.grid == found["w"].grid
+    assert packed.planes == (P("model", "data"),) and packed.stored == found["w"].grid
 
 
 def test_runs_of_channels_stay_whole():

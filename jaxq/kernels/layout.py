@@ -32,6 +32,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxq.formats import Int
+
 BLOCK = 256
 HALF = BLOCK // 2
 WIDTHS = (8, 4, 2, 1)
@@ -87,6 +89,17 @@ def unpack_codes(planes: tuple[jax.Array, ...], bits: int, k: int) -> jax.Array:
         codes = codes | (_unpack_plane(plane, width, k) << below)
         below += width
     return codes
+
+
+def eight_bit_integers(codes: jax.Array, fmt: Int) -> jax.Array:
+    """Codes of 8 bits, uint8, as int8: an asymmetric integer's less 128."""
+    return jax.lax.bitcast_convert_type(codes if fmt.symmetric else codes ^ jnp.uint8(128), jnp.int8)
+
+
+def eight_bit_codes(integers: jax.Array, fmt: Int) -> jax.Array:
+    """The codes, uint8, of which `eight_bit_integers` made int8."""
+    codes = jax.lax.bitcast_convert_type(integers, jnp.uint8)
+    return codes if fmt.symmetric else codes ^ jnp.uint8(128)
 
 
 def _pack_plane(codes: jax.Array, width: int) -> jax.Array:

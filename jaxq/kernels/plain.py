@@ -91,20 +91,20 @@ def element_scale(w: Integers, fmt: Int | Float, columns: int) -> jax.Array:
 def weight_integers(leaf: QTensor | Packed) -> Integers:
     """A weight's integers, of the leaf's shape: int8 where they fit, else float32; of a machine's format its numbers as
     they are. Its exponents are left to x; scales and centers have one number for each group."""
-    fmt, bound = leaf.format, largest_integer(leaf.format)
+    fmt, bound, grid = leaf.format, largest_integer(leaf.format), leaf.grid
     if isinstance(fmt, Int):
-        middle, zero = _middle(fmt), leaf.grid.zero
+        middle, zero = _middle(fmt), grid.zero
         if isinstance(leaf, Packed) and leaf.planes[0].dtype == jnp.int8:  # as they are: no pass over memory
             values = leaf.planes[0].reshape(leaf.shape)
         else:
             codes = leaf.unpack().codes if isinstance(leaf, Packed) else leaf.codes
             values = codes if middle == 0 else (codes.astype(jnp.int16) - middle).astype(jnp.int8)
-        return Integers(values, leaf.grid.factor, None if zero is None else middle - zero, bound=bound)
+        return Integers(values, grid.factor, None if zero is None else middle - zero, bound=bound)
     leaf = leaf.unpack() if isinstance(leaf, Packed) else leaf
     if fmt in MACHINE_FLOATS:  # in units of 1: a conversion is all that XLA fuses into a product on GPUs
-        return Integers(lax.bitcast_convert_type(leaf.codes, MACHINE_FLOATS[fmt]), leaf.grid.factor)
-    finest = _finest(fmt, leaf.grid.mantissa, leaf.ndim)
-    return Integers(_whole(leaf), leaf.grid.factor * power_of_two(finest), bound=bound)
+        return Integers(lax.bitcast_convert_type(leaf.codes, MACHINE_FLOATS[fmt]), grid.factor)
+    finest = _finest(fmt, grid.mantissa, leaf.ndim)
+    return Integers(_whole(leaf), grid.factor * power_of_two(finest), bound=bound)
 
 
 def _whole(leaf: QTensor) -> jax.Array:

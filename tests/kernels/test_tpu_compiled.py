@@ -55,6 +55,17 @@ def test_one_kernel_compiles():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e", "v6e", "v7x"])
+def test_grids_that_are_bytes_stay_on_the_chip(target):
+    """Decoding for few tokens writes nothing to memory, neither a weight nor its scales."""
+    paths = ("mxfp4a16", "nvfp4a16", "w4a16_g128", "w4a8_g128_zero")
+    rows = rows_of("compiled_paths.py", "--targets", target, "--rows", "16", "--paths", *paths)
+    assert [row["path"] for row in rows] == [*paths]
+    for row in rows:
+        assert (row["by"], row["temporary"]) == ("Pallas", 0) and row["bytes"] <= 1.01, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5e", "v6e", "v7x"])
 def test_all_kernels_compile(target):
     rows = rows_of("tpu_compiled.py", "--targets", target, "--rows", "16", "256")
     assert len(rows) == 45
