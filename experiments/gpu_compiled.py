@@ -29,6 +29,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
 
 from jaxq.formats import Float, Int
+from jaxq.formats.scales import Scales
 from jaxq.kernels.hopper_matmul import hopper_matmul, plain_hopper_matmul, tiles
 
 H200 = """gpu_device_info {
@@ -48,7 +49,12 @@ FORMATS: dict[str, Int | Float] = {
     "int4": Int(4), "uint4": Int(4, symmetric=False), "e2m1": Float(2, 1), "e1m2": Float(1, 2), "e3m0": Float(3, 0),
     "int8": Int(8), "e4m3": Float(4, 3, reserved=1),
 }  # fmt: skip
-KERNELS = [*FORMATS, *(f"{name}_g128" for name in FORMATS)]
+# Formats, channels of a group, or 0 for per channel, and how its scales are stored; zero points are bytes.
+KERNELS: dict[str, tuple[Int | Float, int, Scales]] = {
+    **{name: (fmt, 0, "real") for name, fmt in FORMATS.items()},
+    **{f"{name}_g128": (fmt, 128, "real") for name, fmt in FORMATS.items()},
+    "mxfp4": (Float(2, 1), 32, "power_of_two"), "nvfp4": (Float(2, 1), 16, "e4m3"),
+}  # fmt: skip
 
 
 UNTUNED = {"xla_gpu_autotune_level": 0}  # there is nothing to try programs out on
@@ -74,16 +80,17 @@ def compiled(function: Any, *given: Any, **named: Any) -> jax.stages.Compiled:
 
 def row(name: str, rows: int, k: int, n: int, dump: Path, plain: bool) -> dict:
     """One row of the table."""
-    fmt, groups = FORMATS[name.removesuffix("_g128")], k // 128 if name.endswith("g128") else 1
-    depth = k * fmt.bits // 8
+    fmt, size, scales = KERNELS[name]
+    groups, depth = k // (size or k), k * fmt.bits // 8
     for file in dump.iterdir():
         file.unlink()
 
     def product(x: jax.Array, w: jax.Array, scale: jax.Array, zero: jax.Array | None = None) -> jax.Array:
-        return hopper_matmul(x, w, scale, fmt, zero=zero, dtype=jnp.bfloat16)
+        return hopper_matmul(x, w, scale, fmt, zero=zero, scales=scales, dtype=jnp.bfloat16)
 
-    x, w, scale = (((rows, k), jnp.bfloat16), ((depth, n), jnp.uint8), ((groups, n), jnp.float32))
-    given = [jax.ShapeDtypeStruct(*shape) for shape in (x, w, scale, *[scale] * (not fmt.symmetric))]
+    x, w, byte = ((rows, k), jnp.bfloat16), ((depth, n), jnp.uint8), ((groups, n), jnp.uint8)
+    scale = byte[0], jnp.float32 if scales == "real" else jnp.uint8
+    given = [jax.ShapeDtypeStruct(*shape) for shape in (x, w, scale, *[byte] * (not fmt.symmetric))]
     memory = compiled(product, *given).memory_analysis()
     ptx, log, sass = (next(dump.glob(f"*.{kind}")).read_text() for kind in ("ptx", "ptxas", "sass_ctrl"))
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
@@ -98,7 +105,7 @@ def row(name: str, rows: int, k: int, n: int, dump: Path, plain: bool) -> dict:
         "alu": round(expanding * fmt.bits / 1024, 2),
     }  # fmt: skip
     if plain:
-        meaning = compiled(partial(plain_hopper_matmul, fmt=fmt), *given[:3])
+        meaning = compiled(partial(plain_hopper_matmul, fmt=fmt, scales=scales), *given[:3])
         result["plain"] = meaning.memory_analysis().temp_size_in_bytes
     return result
 
@@ -114,7 +121,7 @@ def prepare(dump: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 16, 256, 4096])
-    parser.add_argument("--kernels", nargs="*", default=KERNELS, choices=KERNELS)
+    parser.add_argument("--kernels", nargs="*", default=list(KERNELS), choices=list(KERNELS))
     parser.add_argument("--shapes", nargs="*", default=["4096x4096"], help="KxN")
     parser.add_argument("--plain", action="store_true", help="compile the plain meaning, too")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each row")

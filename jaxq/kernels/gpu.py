@@ -29,6 +29,7 @@ from jax import lax
 from jaxq.devices import device_kind
 from jaxq.formats import Float, Format, Int
 from jaxq.formats.integer import narrow
+from jaxq.formats.scales import Scales
 from jaxq.kernels.expansion import WIDEST_EXPONENT
 from jaxq.kernels.layout import fits
 from jaxq.kernels.plain import Integers, largest_integer
@@ -126,7 +127,7 @@ def packed_product(
     Args:
       x: as there.
       codes: of the weights, packed: uint8 [K/2, N], or of 8 bits uint8 or int8 [K, N].
-      grid: of the weight, float32 [groups, N], or 1 for either.
+      grid: of the weight as a `Packed` has it stored, [groups, N], or 1 for either.
       fmt: of the codes.
       sums: of the weight's integers over each group, int32 [groups, N].
     """
@@ -137,43 +138,44 @@ def packed_product(
     else:
         values = x.values.astype(jnp.bfloat16)
     codes = lax.bitcast_convert_type(codes, jnp.uint8)
-    zero = None if grid.zero is None else jnp.broadcast_to(grid.zero.astype(jnp.float32), (groups, n))
     total = None
     if x.center is not None:
         assert sums is not None
         total = sums.astype(jnp.float32)
-        if zero is not None:
-            total = total + k // groups * (2 ** (fmt.bits - 1) - zero)
+        if grid.zero is not None:
+            total = total + k // groups * (2 ** (fmt.bits - 1) - grid.zero.astype(jnp.float32))
     product = _of_few if _few(rows, fmt, groups, k * n) and read_as == jnp.bfloat16 else _of_many
-    return product(replace(x, values=values), codes, grid, zero, fmt, total, dtype)
+    return product(replace(x, values=values), codes, grid, fmt, total, dtype)
 
 
-def _of_few(
-    x: Integers, codes: jax.Array, grid: Grid, zero: jax.Array | None, fmt: Any, total: jax.Array | None, dtype: Any
-) -> jax.Array:
+def _of_few(x: Integers, codes: jax.Array, grid: Grid, fmt: Any, total: jax.Array | None, dtype: Any) -> jax.Array:
     """By `hopper_matmul`; `total` are the sums of the weight, less its zero points, [groups, N]."""
     from jaxq.kernels.hopper_matmul import hopper_matmul  # not above: not every jaxlib comes with Mosaic GPU
 
     outer = grid.outer is not None and grid.outer.size == 1
     factors = [a.reshape(1, 1) for a in (x.scale, grid.outer if outer else None) if a is not None and a.size == 1]
-    scale = jnp.broadcast_to(grid.scale if outer else grid.factor, (grid.scale.shape[0], codes.shape[1]))
+    read, each = grid.from_bytes(), (grid.scale.shape[0], codes.shape[1])
+    scales: Scales = grid.scales if outer else "real"
+    scale = jnp.broadcast_to(grid.scale if outer else read.factor, each)
+    zero = None if grid.zero is None else jnp.broadcast_to(grid.zero, each)
     by = prod(factors[1:], start=factors[0]) if factors else None
     rows = None if x.scale is None or x.scale.size == 1 else x.scale
     whole = rows is None and x.center is None
-    y = hopper_matmul(x.values, codes, scale, fmt, zero=zero, factor=by, dtype=dtype if whole else jnp.float32)
+    kept = dtype if whole else jnp.float32
+    y = hopper_matmul(x.values, codes, scale, fmt, zero=zero, factor=by, scales=scales, dtype=kept)
     if x.center is not None and total is not None:
-        correction = (total * scale).sum(0, keepdims=True)
+        correction = (total * (read.scale if outer else read.factor)).sum(0, keepdims=True)
         y = y + x.center * (correction if by is None else correction * by)
     return (y if rows is None else y * rows).astype(dtype)
 
 
-def _of_many(
-    x: Integers, codes: jax.Array, grid: Grid, zero: jax.Array | None, fmt: Any, total: jax.Array | None, dtype: Any
-) -> jax.Array:
+def _of_many(x: Integers, codes: jax.Array, grid: Grid, fmt: Any, total: jax.Array | None, dtype: Any) -> jax.Array:
     """By `hopper_many`, which writes the result as it is."""
     from jaxq.kernels.hopper_many import hopper_many
 
+    grid = grid.from_bytes()
     scale, row = grid.factor, x.scale
+    zero = None if grid.zero is None else jnp.broadcast_to(grid.zero, (1, codes.shape[1]))
     if row is not None and row.size == 1:
         scale, row = scale * row.reshape(1, 1), None
     scale = jnp.broadcast_to(scale, (1, codes.shape[1]))

@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxq.formats import Float, Int
+from jaxq.formats.scales import Scales, from_bytes
 from jaxq.kernels import hopper_registers as registers
 from jaxq.kernels.expansion import expansions, packed_values
 from jaxq.kernels.gpu import COLUMNS, SMALLEST_GROUP
@@ -52,6 +53,7 @@ def hopper_matmul(
     *,
     zero: jax.Array | None = None,
     factor: jax.Array | None = None,
+    scales: Scales = "real",
     dtype: Any = jnp.float32,
 ) -> jax.Array:
     """The product above as one kernel. `plain_hopper_matmul` is its meaning, but for the order of summation.
@@ -59,11 +61,12 @@ def hopper_matmul(
     Args:
         x: [M, K] bfloat16.
         w: packed codes, uint8 [K/2, N] of 4 bits, as in `jaxq.kernels.layout`, or [K, N] of 8.
-        scale: [G, N] float32.
+        scale: [G, N] float32, or uint8 as `scales` says.
         fmt: of the codes, one that `jaxq.kernels.expansion` has.
-        zero: of an asymmetric integer, [G, N] float32, whole numbers up to 256: the codes that stand for 0. None is 8
-            or 128.
+        zero: of an asymmetric integer, [G, N] float32 or uint8, whole numbers up to 256: the codes that stand for 0.
+            None is 8 or 128.
         factor: what the result is multiplied by, [1, 1] float32.
+        scales: how they are stored, see `jaxq.formats.scales`.
         dtype: of the result.
 
     Returns:
@@ -87,7 +90,7 @@ def hopper_matmul(
     shared = SHARED // min(RESIDENT, -(-blocks // MULTIPROCESSORS))
     parts = plgpu.SMEM((splits - 1, COLUMNS, rows), jnp.float32, transforms=_rows_of(4 * rows))
     return plgpu.kernel(
-        partial(_kernel, fmt=fmt, rows=rows, splits=splits, shared=shared),
+        partial(_kernel, fmt=fmt, scales=scales, rows=rows, splits=splits, shared=shared),
         out_type=jax.ShapeDtypeStruct((m, n), dtype),
         grid=(-(-m // rows), n // COLUMNS),
         grid_names=("m", "n"),
@@ -119,6 +122,7 @@ def _kernel(
     arrived: Any = None,
     *,
     fmt: Int | Float,
+    scales: Scales,
     rows: int,
     splits: int,
     shared: int,
@@ -128,12 +132,14 @@ def _kernel(
     size, deep = x.shape[1] // groups, codes * STEP  # channels of a group, of a step
     each = max(1, STEP // size)  # groups among the channels of a step that have their code in the same place of a byte
     zeros, by = [] if zero is None else [zero], 1 if factor is None else factor[0, 0]
+    kinds: list[Scales] = [scales, "real"]
     i, j, split = (lax.axis_index(name) for name in ("m", "n", "split"))
     columns, steps = pl.ds(j * COLUMNS, COLUMNS), -(-w.shape[0] // STEP // splits)
 
-    def each_column(here: Any) -> jax.Array:
+    def each_column(here: Any, kind: Scales) -> jax.Array:
         """Numbers of this warpgroup's columns."""
-        return registers.columns(plgpu.load(here, *NO_INDEX, layout=registers.BYTES.reduce(0), optimized=False))
+        held = plgpu.load(here, *NO_INDEX, layout=registers.BYTES.reduce(0), optimized=False)
+        return registers.columns(held if held.dtype == jnp.float32 else _number(held, kind))
 
     def multiply(w_part: Any, x_part: Any, numbers: list, sums: list[jax.Array]) -> list[jax.Array]:
         """The sums of each code of the bytes, with a step's products added.
@@ -171,7 +177,8 @@ def _kernel(
             plgpu.BlockSpec((rows, deep), lambda t: (i, split * steps + t), transforms=_rows_of(128, x.dtype)),
             *[spec(code) for _ in numbers for code in range(codes)],
         ]
-        step_bytes = STEP * COLUMNS + rows * deep * x.dtype.itemsize + 4 * codes * len(numbers) * each * COLUMNS
+        step_bytes = STEP * COLUMNS + rows * deep * x.dtype.itemsize
+        step_bytes += codes * each * COLUMNS * sum(a.dtype.itemsize for a in numbers)
         stages = max(min((shared - 4 * rows * COLUMNS * (splits - 1)) // step_bytes, steps), 1)
         nothing = plgpu.layout_cast(jnp.zeros((COLUMNS, rows), jnp.float32), registers.FRAGMENTS)
         first, *others = plgpu.emit_pipeline(
@@ -180,25 +187,26 @@ def _kernel(
         return first + others[0] if others else first
 
     def channelwise() -> tuple[jax.Array, jax.Array]:
-        scales, *taken = (each_column(a.at[0, columns]) for a in (scale, *zeros))
+        factors, *taken = (each_column(a.at[0, columns], kind) for a, kind in zip((scale, *zeros), kinds))
         numbers = [*[[]] * codes, *[[middle] for middle in taken] * codes]
 
         def body(_: Any, w_part: Any, x_part: Any, sums: list[jax.Array]) -> list[jax.Array]:
             return multiply(w_part, x_part, numbers, sums)
 
-        return over_steps(body, []), scales
+        return over_steps(body, []), factors
 
     def by_groups() -> jax.Array:
         def body(_: Any, w_part: Any, x_part: Any, *rest: Any) -> list[jax.Array]:
-            *numbers, sums = rest
-            return multiply(w_part, x_part, [[each_column(of.at[g]) for g in range(each)] for of in numbers], sums)
+            *held, sums = rest
+            numbers = [[each_column(of.at[g], kinds[i // codes]) for g in range(each)] for i, of in enumerate(held)]
+            return multiply(w_part, x_part, numbers, sums)
 
         return over_steps(body, [scale, *zeros])
 
-    def finish(total: jax.Array, scales: jax.Array | None) -> None:
+    def finish(total: jax.Array, factors: jax.Array | None) -> None:
         """The sum of all parts of K, which the first block of a cluster adds, always in the same order."""
         if splits == 1:
-            return store(total, scales)
+            return store(total, factors)
 
         @pl.when(split > 0)
         def _() -> None:
@@ -212,16 +220,26 @@ def _kernel(
             added = total
             for part in range(splits - 1):
                 added = added + plgpu.load(parts.at[part], *NO_INDEX, layout=registers.FRAGMENTS, optimized=False)
-            store(added, scales)
+            store(added, factors)
 
-    def store(total: jax.Array, scales: jax.Array | None) -> None:
+    def store(total: jax.Array, factors: jax.Array | None) -> None:
         total = total * (jnp.float32(1 / made[0].unit) * by)
-        if scales is not None:
-            total = total * plgpu.layout_cast(lax.broadcast_in_dim(scales, total.shape, (0,)), registers.FRAGMENTS)
+        if factors is not None:
+            total = total * plgpu.layout_cast(lax.broadcast_in_dim(factors, total.shape, (0,)), registers.FRAGMENTS)
         here = out.at[pl.ds(i * rows, rows), columns]
         registers.store_rows(here, registers.result(total).astype(out.dtype), out.shape[0] - i * rows)
 
     finish(*channelwise()) if groups == 1 else finish(by_groups(), None)
+
+
+def _number(bytes_: jax.Array, kind: Scales) -> jax.Array:
+    """What `jaxq.formats.scales.from_bytes` makes of bytes that stand for numbers; of "real" ones, the byte itself."""
+    bits = bytes_.astype(jnp.int32)
+    if kind == "real":
+        return bits.astype(jnp.float32)
+    # Of E4M3 all exponents are less than float32's by 120, a subnormal number's too.
+    shift, by = (23, 1.0) if kind == "power_of_two" else (20, 2.0**120)
+    return lax.bitcast_convert_type(bits << shift, jnp.float32) * jnp.float32(by)
 
 
 def _rows_of(width: int, dtype: Any = jnp.float32) -> tuple:
@@ -237,12 +255,13 @@ def plain_hopper_matmul(
     *,
     zero: jax.Array | None = None,
     factor: jax.Array | None = None,
+    scales: Scales = "real",
     dtype: Any = jnp.float32,
 ) -> jax.Array:
     """What `hopper_matmul` means, in plain jnp, for any K and N and any size of groups that divides K."""
-    values = packed_values(fmt, w, x.shape[1]).reshape(scale.shape[0], -1, w.shape[1])
+    values, scale = packed_values(fmt, w, x.shape[1]).reshape(scale.shape[0], -1, w.shape[1]), from_bytes(scales, scale)
     if zero is not None:
-        values = values + (2 ** (fmt.bits - 1) - zero[:, None, :])
+        values = values + (2 ** (fmt.bits - 1) - zero.astype(jnp.float32)[:, None, :])
     a = x.astype(jnp.float32).reshape(x.shape[0], scale.shape[0], -1)
     y = jnp.einsum("mgk,gkn,gn->mn", a, values, scale, precision="highest")
     return (y if factor is None else y * factor).astype(dtype)

@@ -194,8 +194,8 @@ class Warpgroup:
                 self.values[ops[0]] = found != 0 if parts[1] == "pred" else found
         elif parts[0] == "cvt" and "bf16" in name:
             self.values[ops[0]] = converted(self, name, ops)
-        elif name == "cvt.rn.f32.s32":
-            self.values[ops[0]] = rounded(self.get(ops[1], np.int32).astype(float), "f32")
+        elif name.startswith("cvt.rn.f32."):
+            self.values[ops[0]] = rounded(self.get(ops[1], TYPES[parts[3]]).astype(float), "f32")
         elif parts[0] == "cvt":
             self.values[ops[0]] = self.get(ops[1], TYPES[parts[2]]).astype(TYPES[parts[2]]).astype(TYPES[parts[1]])
         elif parts[0] == "selp":

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 import jaxq
 from jaxq.formats import Float, Int
+from jaxq.formats.scales import Scales, from_bytes
 from jaxq.kernels import gpu
 from jaxq.kernels.layout import pack_codes
 from jaxq.products import read_input
@@ -27,7 +29,13 @@ FORMATS = {
     "e1m2": Float(1, 2),
     "e3m0": Float(3, 0),
 }
-KERNELS: dict = FORMATS | {"int8": Int(8), "e4m3": Float(4, 3, reserved=1)}
+WIDE: dict = FORMATS | {"int8": Int(8), "e4m3": Float(4, 3, reserved=1)}
+KERNELS: dict = {  # formats, channels of a group or 0 for per channel, how its scales are stored
+    **{name: (fmt, 0, "real") for name, fmt in WIDE.items()},
+    **{f"{name}_g128": (fmt, 128, "real") for name, fmt in WIDE.items()},
+    "mxfp4": (Float(2, 1), 32, "power_of_two"),
+    "nvfp4": (Float(2, 1), 16, "e4m3"),
+}
 MISSING = [
     name for name in ("jax_cuda13_plugin", "nvidia.cu13") if not (find_spec(name.split(".")[0]) and find_spec(name))
 ]
@@ -44,13 +52,17 @@ def check(row: dict) -> None:
     assert row["temporary"] <= (padded if rows > 8 else 0), "no weight"
 
 
-def drawn(fmt: Int | Float, m: int, k: int, n: int, groups: int) -> tuple:
-    """x, codes, packed codes, scales and zero points, all so small that sums are exact in float32."""
+def drawn(fmt: Int | Float, m: int, k: int, n: int, groups: int, scales: Scales = "real") -> tuple:
+    """x, codes, packed codes, scales and zero points as stored, all so small that sums are exact in float32."""
     draw = np.random.default_rng(0)
     codes = draw.integers(0, 2**fmt.bits, (k, n)).astype(np.uint8)
     packed = np.asarray(pack_codes(jnp.asarray(codes), fmt.bits)[0])
     scale = (2.0 ** draw.integers(-2, 3, (groups, n))).astype(np.float32)
-    zero = None if fmt.symmetric else draw.integers(0, 2**fmt.bits, (groups, n)).astype(np.float32)
+    if scales == "e4m3":
+        scale = draw.integers(1, 41, (groups, n)).astype(np.uint8)  # subnormal numbers among them
+    elif scales == "power_of_two":
+        scale = (127 + np.log2(scale)).astype(np.uint8)
+    zero = None if fmt.symmetric else draw.integers(0, 2**fmt.bits, (groups, n)).astype(np.uint8)
     return draw.integers(-8, 9, (m, k)).astype(ml_dtypes.bfloat16), codes, packed, scale, zero
 
 
@@ -58,7 +70,9 @@ def exact(fmt: Int | Float, x: np.ndarray, codes: np.ndarray, scale: np.ndarray,
     """float64, the codes' values in numpy."""
     code, groups, middle = codes.astype(int), scale.shape[0], 2 ** (fmt.bits - 1)
     if isinstance(fmt, Int):
-        values = code - np.repeat(zero, len(code) // groups, 0) if zero is not None else (code ^ middle) - middle
+        values = (
+            code - np.repeat(zero.astype(int), len(code) // groups, 0) if zero is not None else (code ^ middle) - middle
+        )
     else:
         m = fmt.mantissa_bits
         exponent, mantissa = code % middle >> m, code % 2**m / 2**m
@@ -98,6 +112,8 @@ def test_misfits_name_what_was_found():
         ("e2m1", 5, 512, 256),
         ("int4", 16, 2048, 128),  # a cluster of four
         ("uint4_g128", 3, 1024, 256),
+        ("nvfp4", 3, 1024, 128),
+        pytest.param("mxfp4", 16, 1024, 256, marks=pytest.mark.slow),
         pytest.param("uint4", 150, 1024, 256, marks=pytest.mark.slow),  # two blocks of rows
         pytest.param("e1m2_g128", 33, 1024, 256, marks=pytest.mark.slow),
         pytest.param("e3m0_g128", 3, 2304, 256, marks=pytest.mark.slow),  # nine steps by four blocks
@@ -112,20 +128,21 @@ def test_the_compiled_kernel_run_in_numpy_is_exact(name, m, k, n, tmp_path):
         "gpu_compiled.py", "--kernels", name, "--rows", str(m), "--shapes", f"{k}x{n}", "--keep", str(tmp_path)
     )
     check(row)
-    fmt, groups = KERNELS[name.removesuffix("_g128")], k // 128 if name.endswith("g128") else 1
-    rows, splits = row["tile"]
-    x, codes, packed, scale, zero = drawn(fmt, m, k, n, groups)
+    fmt, size, scales = KERNELS[name]
+    groups, (rows, splits) = k // (size or k), row["tile"]
+    x, codes, packed, scale, zero = drawn(fmt, m, k, n, groups, scales)
     padded = m if m <= 8 else -(-m // rows) * rows
     out = np.full((m, n), np.nan, ml_dtypes.bfloat16)
     given = np.concatenate([x, np.zeros((padded - m, k), x.dtype)])
     numbers = [scale] if zero is None else [scale, zero]
     maps: list = [ptx.Tiled(packed, (16, 1)), ptx.Tiled(given, (rows // 8, 16 // fmt.bits))]
-    maps += [ptx.Rows(a, 128) for a in numbers if groups > 1]
+    maps += [ptx.Rows(a, 128, max(1, 128 // size)) for a in numbers if groups > 1]
     (text,) = (file.read_text() for file in tmp_path.glob("*.ptx"))
     height, width = padded // min(rows, padded), n // 128
     grid = (splits * width, height, 1) if "%ctaid.y" in text else (splits * height * width, 1, 1)
     ptx.run(text, grid, 1, maps, [*numbers, out] if groups == 1 else [out], splits)
-    assert np.array_equal(out, exact(fmt, x, codes, scale, zero).astype(ml_dtypes.bfloat16))
+    real = np.asarray(from_bytes(scales, jnp.asarray(scale)))
+    assert np.array_equal(out, exact(fmt, x, codes, real, zero).astype(ml_dtypes.bfloat16))
 
 
 @compiles
@@ -228,9 +245,29 @@ def test_what_the_kernel_is_given_means_the_product(weights, activations, group,
     assert gpu.has_kernel(x, leaf.split, 256, groups, sums)
     if not gpu.target():
         monkeypatch.setattr(hopper, "hopper_matmul", hopper.plain_hopper_matmul)
-    found = gpu.packed_product(x, leaf.planes[0], leaf.grid, leaf.split, sums, dtype=jnp.float32)
+    found = gpu.packed_product(x, leaf.planes[0], leaf.stored, leaf.split, sums, dtype=jnp.float32)
     a = np.asarray(x.centered, np.float64) * (1 if x.scale is None else np.asarray(x.scale))
     wanted = a @ np.asarray(replace(leaf, dtype=jnp.float32).dequantize(), float)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("activations", [None, jaxq.per_token(Int(8))], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", [jaxq.mxfp4(), jaxq.nvfp4()], ids=["mxfp4", "nvfp4"])
+def test_the_kernel_is_given_block_scales_as_bytes(weights, activations, monkeypatch):
+    tree = quantized(weights, activations)
+    leaf, (quant,) = jaxq.pack(tree).params["w"], tree.inputs.values() or (None,)
+    x, given = read_input(quant, X, (1,)), []
+
+    def noted(x: jax.Array, w: jax.Array, scale: jax.Array, *rest: Any, **named: Any) -> jax.Array:
+        given.append(scale.dtype)
+        return (multiply if gpu.target() else hopper.plain_hopper_matmul)(x, w, scale, *rest, **named)
+
+    multiply = hopper.hopper_matmul
+    monkeypatch.setattr(hopper, "hopper_matmul", noted)
+    found = gpu.packed_product(x, leaf.planes[0], leaf.stored, leaf.split, None, dtype=jnp.float32)
+    a = np.asarray(x.centered, np.float64) * (1 if x.scale is None else np.asarray(x.scale))
+    wanted = a @ np.asarray(replace(leaf, dtype=jnp.float32).dequantize(), float)
+    assert given == [jnp.uint8]
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
