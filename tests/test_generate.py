@@ -64,7 +64,9 @@ def distance(found, wanted):
     return np.linalg.norm(np.float32(found) - wanted) / np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("qwen2", "opt") else f for f in FAMILIES]
+)
 def test_as_the_whole_function(family):
     model = tiny(family)
     found = generated(model, model.step, model.params)
@@ -127,7 +129,9 @@ def test_the_window_is_kept_to():
         assert np.array_equal(found, last) == same
 
 
-@pytest.mark.parametrize("kind, dtype", [("int8", jnp.int8), ("fp8", jnp.float8_e4m3fn)])
+@pytest.mark.parametrize(
+    "kind, dtype", [("int8", jnp.int8), pytest.param("fp8", jnp.float8_e4m3fn, marks=pytest.mark.slow)]
+)
 def test_codes_of_a_cache(kind, dtype):
     """A scale for each token and head, and the codes of the hardware's types."""
     x = (

@@ -113,9 +113,9 @@ def same_changes(got: jaxq.Quantized, want: jaxq.Quantized, case: Case) -> None:
 @pytest.mark.parametrize(
     "model, recipe",
     [
-        ("plain", "round to nearest"),
+        pytest.param("plain", "round to nearest", marks=pytest.mark.slow),
         ("plain", "llm_fp4"),
-        ("nnx", "os_plus"),
+        pytest.param("nnx", "os_plus", marks=pytest.mark.slow),
         ("scan", "os_plus"),
     ],
 )

@@ -122,7 +122,7 @@ def assert_same(a: Any, b: Any) -> None:
     [
         pytest.param("layers", marks=pytest.mark.slow),
         pytest.param("scan", marks=pytest.mark.slow),
-        "cond",
+        pytest.param("cond", marks=pytest.mark.slow),
         "run-time shift",
     ],
 )

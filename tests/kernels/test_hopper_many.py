@@ -13,7 +13,7 @@ from jaxq.kernels import gpu
 from jaxq.products import read_input
 from tests.kernels import ptx
 from tests.kernels.ahead import rows_of
-from tests.kernels.test_hopper_matmul import ACTIVATIONS, EIGHT, FORMATS, KERNELS, X, compiles, drawn, exact, quantized
+from tests.kernels.test_hopper_matmul import ACTIVATIONS, EIGHT, FORMATS, WIDE, X, compiles, drawn, exact, quantized
 from tests.kernels.test_hopper_matmul import uses as uses_kernel
 
 many = pytest.importorskip("jaxq.kernels.hopper_many", reason="this jaxlib has no Mosaic GPU", exc_type=ImportError)
@@ -39,10 +39,10 @@ def finished(sums: np.ndarray, scale: np.ndarray, row: np.ndarray, left: np.ndar
     return (sums + left.astype(float).T @ right * scale) * row[:, None]
 
 
-@pytest.mark.parametrize("fmt", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("fmt", WIDE.values(), ids=WIDE)
 def test_the_plain_meaning_is_what_numpy_finds(fmt):
     x, codes, packed, scale, zero = drawn(fmt, 3, 256, 40, 1)
-    zeros, others = None if zero is None else jnp.asarray(zero[0]), vectors(3, 40)
+    zeros, others = None if zero is None else jnp.asarray(zero[0], jnp.float32), vectors(3, 40)
     found = many.plain_hopper_many(
         jnp.asarray(x), jnp.asarray(packed), jnp.asarray(scale[0]), fmt, zero=zeros, **others
     )
@@ -116,7 +116,7 @@ def test_the_compiled_kernel_run_in_numpy_is_exact(name, m, k, n, tile, others, 
     options += ["--keep", str(tmp_path), *(["--vectors"] if others else [])]
     (row,) = rows_of("gpu_compiled_many.py", *options)
     check(row)
-    (slices, rows, splits), fmt, dtype = tile, KERNELS[name.removeprefix("int8_")], ml_dtypes.bfloat16
+    (slices, rows, splits), fmt, dtype = tile, WIDE[name.removeprefix("int8_")], ml_dtypes.bfloat16
     x, codes, packed, scale, zero = drawn(fmt, m, k, n, 1)
     if name.startswith("int8_"):
         dtype, x = np.int8, np.random.default_rng(2).integers(-127, 128, (m, k)).astype(np.int8)
@@ -124,7 +124,7 @@ def test_the_compiled_kernel_run_in_numpy_is_exact(name, m, k, n, tile, others, 
     made, down = many.weights(fmt, jnp.dtype(dtype)), -(-m // rows)
     depth = many.step_depth(made, 8 // fmt.bits, slices, rows, x.itemsize)
     wanted = exact(fmt, x, codes, scale, zero)
-    given = {"scale": scale} | ({} if zero is None or dtype == np.int8 else {"zero": zero})
+    given = {"scale": scale} | ({} if zero is None or dtype == np.int8 else {"zero": zero.astype(np.float32)})
     if made.bias:
         given["sums"] = x.sum(1, dtype=np.int32)[None]
     if others:

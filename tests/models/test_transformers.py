@@ -86,7 +86,19 @@ def torch_logits(directory, tokens, mask=None):
         return (found.logits if "logits" in found else found.last_hidden_state).float().numpy()
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+EVERY_TIME = (
+    "opt gelu", "opt pre-norm projected", "llama one kv head", "rope yarn", "mistral", "qwen2", "bloom, untied",
+    "qwen3 biases, types of layers", "bert regression",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=[] if name in EVERY_TIME else pytest.mark.slow)
+        for name, config in CONFIGS.items()
+    ],
+)
 def test_saved_models_compute_the_same_in_transformers(config, tmp_path):
     length = 16 if config["model_type"] in ("opt", "bert") else 24  # beyond the nominal context, for dynamic rope
     params, tokens = random_params(config), np.random.default_rng(1).integers(0, 40, (2, length), np.int32)
@@ -116,7 +128,13 @@ FOLDED = {
 }
 
 
-@pytest.mark.parametrize("config, skipped", FOLDED.values(), ids=FOLDED.keys())
+@pytest.mark.parametrize(
+    "config, skipped",
+    [
+        pytest.param(*given, id=name, marks=pytest.mark.slow if name in ("qwen3", "bert masked lm") else [])
+        for name, given in FOLDED.items()
+    ],
+)
 def test_a_folded_checkpoint_computes_the_same_in_transformers(config, skipped, tmp_path):
     """OS+'s shifts and scales where they can be folded: other weights, the same function."""
     tokens = np.random.default_rng(1).integers(0, 40, (2, 12), np.int32)
