@@ -88,8 +88,8 @@ def tiled(
 
 
 def whole_depth(m: int, k: int, n: int, itemsize: int, x_bytes: int | None = None) -> Tile:
-    """A step over all of K: as many rows and columns as the bytes above allow; all rows when tokens are decoded, so
-    that weights are read once."""
+    """A step over all of K: as many rows and columns as the bytes above allow, or `x_bytes` of x; all rows when tokens
+    are decoded, so that weights are read once."""
     rows = max((x_bytes or X_BYTES) // (k * itemsize) // 32 * 32, 32)
     columns = max(2 * W_BYTES // k // 256 * 256, 256)
     return Tile(min(-(-m // 8) * 8, rows, 512), k, min(n, columns))
