@@ -111,7 +111,13 @@ def test_every_granularity_of_weights(weights):
 
 
 @pytest.mark.parametrize(
-    "fmt", [pytest.param(jaxq.AnyFloat(4), marks=pytest.mark.slow), jaxq.Float(2, 1), jaxq.Float(3, 2)], ids=named
+    "fmt",
+    [
+        pytest.param(jaxq.AnyFloat(4), marks=pytest.mark.slow),
+        jaxq.Float(2, 1),
+        pytest.param(jaxq.Float(3, 2), marks=pytest.mark.slow),
+    ],
+    ids=named,
 )
 def test_exponents_are_folded_into_the_activation(fmt):
     x = normal(0, 3, 5, 40) * jnp.exp2(jnp.arange(40) % 7)[None, None]

@@ -23,6 +23,9 @@ from tests.zoo.trees import TREES
 ZOO = {make.__name__: make for make in [*BARE, *CONTROL, *TREES, *FLAX]}
 # Each has a faster relative in the zoo.
 SLOW = {
+    "nnx_scan",
+    "conv2d_nhwc",
+    "scan_second_axis",
     "nnx_transformer",
     "nnx_params_only",
     "linen_block",
@@ -69,7 +72,7 @@ def calibrated(s: Specimen, bits: int) -> jaxq.Quantized:
     return jaxq.calibrate(s.forward, s.params, batches, jaxq.quantize(fmt, fmt, attention=fmt, embeddings=fmt))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_weight_is_found_and_named(name):
     s = specimen(name)
     program = trace(s.forward, s.params, *s.inputs)

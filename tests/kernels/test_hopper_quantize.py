@@ -166,7 +166,10 @@ def test_what_the_kernel_is_given_means_the_activation(activations, monkeypatch)
     assert found.bound == wanted.bound and np.array_equal(found.int8, wanted.values)
 
 
-@pytest.mark.parametrize("activations", ACTIVATIONS.values(), ids=ACTIVATIONS)
+@pytest.mark.parametrize(
+    "activations",
+    [pytest.param(a, id=name, marks=[] if name == "int8" else pytest.mark.slow) for name, a in ACTIVATIONS.items()],
+)
 def test_elsewhere_and_for_derivatives_it_is_the_plain_reading(activations):
     """A program that is traced for a Hopper and run here."""
     tree = jaxq.pack(quantized(activations))

@@ -71,7 +71,14 @@ NUMBERS = [  # the weights' numbers of 8 bits, the activation's dtype
 @pytest.mark.parametrize(("numbers", "dtype"), NUMBERS)
 @pytest.mark.parametrize(
     ("m", "k", "n", "groups"),
-    [(1, 256, 128, 1), (17, 768, 130, 6), (1, 512, 129, 8), (9, 768, 130, 24), (3, 256, 128, 16)],
+    [
+        (17, 768, 130, 6),
+        (9, 768, 130, 24),
+        *(
+            pytest.param(*shape, marks=pytest.mark.slow)
+            for shape in ((1, 256, 128, 1), (1, 512, 129, 8), (3, 256, 128, 16))
+        ),
+    ],
 )
 def test_products_with_numbers_of_8_bits(numbers, dtype, e4m3, m, k, n, groups):
     """All 256 of them, negative zeros too, and each exactly: sums are of few of them."""

@@ -59,7 +59,10 @@ def both(x: Integers, weights, device: str, sums: bool = True) -> tuple[jax.Arra
     return found, product(x, w, total, "int8")
 
 
-@pytest.mark.parametrize("device", sorted(E4M3))
+DEVICES = [kind if kind == "TPU v6 lite" else pytest.param(kind, marks=pytest.mark.slow) for kind in sorted(E4M3)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("weights", [*WEIGHTS, *EIGHT], ids=str)
 @pytest.mark.parametrize("activations", [Int(8), Int(6), Float(2, 1), None], ids=str)
 def test_the_kernels_product_is_the_plain_one(activations, weights, device):
@@ -91,7 +94,7 @@ def test_groups_of_weights_of_8_bits(activations, weights, size):
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("size", [32, 128, 256])
+@pytest.mark.parametrize("size", [32, pytest.param(128, marks=pytest.mark.slow), 256])
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("activations", [Int(8), Float(2, 1), None], ids=str)
 def test_groups(activations, weights, size):
