@@ -32,6 +32,7 @@ from tpu_compiled import prepare as prepare_tpu
 
 import jaxq
 from jaxq.formats import Float, Int
+from jaxq.kernels.packed_matmul import X_BYTES
 from jaxq.kernels.plain import Products
 from jaxq.kernels.tiles import whole_depth
 
@@ -129,7 +130,7 @@ def bundles(program: str, dump: Path, rows: int) -> int:
         if any(kernel in name for kernel in KERNELS):
             x = re.search(rf"(\w+)\[{rows},{K}\]", operands_of(operation[0], program))
             assert x is not None
-            bm, _, bn = whole_depth(rows, K, N, int(bytes_of(x[1])))
+            bm, _, bn = whole_depth(rows, K, N, X_BYTES // int(bytes_of(x[1])))
             rounds = -(-rows // bm) * -(-N // bn)
         total += scheduled(file.read_text()) * rounds
     return total

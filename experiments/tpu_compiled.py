@@ -32,7 +32,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxq.formats import Float, Int
 from jaxq.kernels.decoded_matmul import Scaled, decoded_matmul, plain_decoded_matmul
 from jaxq.kernels.layout import HALF
-from jaxq.kernels.packed_matmul import Operands, packed_matmul, plain_packed_matmul
+from jaxq.kernels.packed_matmul import X_BYTES, Operands, packed_matmul, plain_packed_matmul
 from jaxq.kernels.plain import MACHINE_FLOATS
 from jaxq.kernels.tiles import SMALLEST_GROUP, whole_depth
 from jaxq.kernels.tpu import STACKED_ROWS, elements_dtype, weight_carrier
@@ -151,7 +151,7 @@ def scheduled(analysis: str) -> int:
 def step_of(case: Case, target: Target) -> tuple[int, float]:
     """How many steps the grid has, and the cycles that one takes at least."""
     (rows, k), kind = case.shapes["x"][0], jnp.dtype(case.shapes["x"][1])
-    bm, _, bn = whole_depth(rows, k, N, kind.itemsize)
+    bm, _, bn = whole_depth(rows, k, N, X_BYTES // kind.itemsize)
     least = max(bm * k * bn / target.macs[kind.name], case.shapes["w"][0][0] * bn / target.bytes_per_cycle)
     return -(-rows // bm) * -(-N // bn), least
 

@@ -20,7 +20,7 @@ from jaxq.kernels.layout import BLOCK, HALF
 from jaxq.kernels.tiles import Tile, carriers, tiled, whole_depth
 
 WHOLE, DEPTH = 13824, 4096  # channels that a step has at most: all of them, or a part
-X_BYTES = 10 << 20  # a block of x with all of them
+MOST = 5 << 20  # numbers of a block of x with all of them
 
 
 class Scaled(NamedTuple):
@@ -54,19 +54,23 @@ def decoded_matmul(
         [M, N].
 
     Raises:
-        ValueError: as `jaxq.kernels.tiles.tiled`.
+        ValueError: as `jaxq.kernels.tiles.tiled`, or there is no `tile_of` these shapes.
     """
     (m, k), (groups, n) = operands.x.shape, operands.scale.shape
     tile, name = tile_of(m, k, groups, n), "jaxq_decoded_matmul"
+    if tile is None:
+        raise ValueError(f"{k} channels in {groups} groups: beyond {WHOLE} blocks of 8 groups are to divide them")
     return tiled(_kernel, plain_decoded_matmul, operands, carrier, tile, dtype=dtype, name=name, interpret=interpret)
 
 
-def tile_of(m: int, k: int, groups: int, n: int) -> Tile:
-    """Many rows for each decoding: so beyond `WHOLE` channels only some of them for a step, where blocks of 8 groups
-    divide them, and many columns, for each of which x is read again."""
+def tile_of(m: int, k: int, groups: int, n: int) -> Tile | None:
+    """Many rows for each decoding: so beyond `WHOLE` channels only some of them for a step, and many columns, for each
+    of which x is read again; None where blocks of 8 groups do not divide those channels."""
+    if k <= WHOLE:
+        return whole_depth(m, k, n, MOST)
     unit = 8 * max(k // groups, BLOCK // 8)
-    if k <= WHOLE or k % unit:
-        return whole_depth(m, k, n, 2, X_BYTES if k <= WHOLE else None)
+    if k % unit:
+        return None
     depth = max(d for d in range(unit, max(unit, DEPTH) + 1, unit) if k % d == 0)
     return Tile(min(-(-m // 8) * 8, 512), depth, min(n, 1024))
 

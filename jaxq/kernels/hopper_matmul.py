@@ -139,7 +139,7 @@ def _kernel(
     def each_column(here: Any, kind: Scales) -> jax.Array:
         """Numbers of this warpgroup's columns."""
         held = plgpu.load(here, *NO_INDEX, layout=registers.BYTES.reduce(0), optimized=False)
-        return registers.columns(held if held.dtype == jnp.float32 else _number(held, kind))
+        return registers.columns(from_bytes(kind, held).astype(jnp.float32))
 
     def multiply(w_part: Any, x_part: Any, numbers: list, sums: list[jax.Array]) -> list[jax.Array]:
         """The sums of each code of the bytes, with a step's products added.
@@ -230,16 +230,6 @@ def _kernel(
         registers.store_rows(here, registers.result(total).astype(out.dtype), out.shape[0] - i * rows)
 
     finish(*channelwise()) if groups == 1 else finish(by_groups(), None)
-
-
-def _number(bytes_: jax.Array, kind: Scales) -> jax.Array:
-    """What `jaxq.formats.scales.from_bytes` makes of bytes that stand for numbers; of "real" ones, the byte itself."""
-    bits = bytes_.astype(jnp.int32)
-    if kind == "real":
-        return bits.astype(jnp.float32)
-    # Of E4M3 all exponents are less than float32's by 120, a subnormal number's too.
-    shift, by = (23, 1.0) if kind == "power_of_two" else (20, 2.0**120)
-    return lax.bitcast_convert_type(bits << shift, jnp.float32) * jnp.float32(by)
 
 
 def _rows_of(width: int, dtype: Any = jnp.float32) -> tuple:

@@ -37,6 +37,8 @@ from jaxq.kernels.carrier import Carrier
 from jaxq.kernels.layout import HALF
 from jaxq.kernels.tiles import carriers, tiled, whole_depth
 
+X_BYTES = 4 << 20  # a block of x
+
 
 class Operands(NamedTuple):
     """Of a product [M, K] x [K, N], with G groups of K/G successive channels; 1 is per channel.
@@ -73,7 +75,7 @@ def packed_matmul(
         ValueError: as `jaxq.kernels.tiles.tiled`.
     """
     (m, k), n = operands.x.shape, operands.w.shape[1]
-    tile, name = whole_depth(m, k, n, operands.x.dtype.itemsize), "jaxq_packed_matmul"
+    tile, name = whole_depth(m, k, n, X_BYTES // operands.x.dtype.itemsize), "jaxq_packed_matmul"
     return tiled(_kernel, plain_packed_matmul, operands, carrier, tile, dtype=dtype, name=name, interpret=interpret)
 
 

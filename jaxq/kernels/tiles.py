@@ -15,7 +15,7 @@ from jaxq.kernels.carrier import Carrier, without_negative_zeros
 from jaxq.kernels.layout import fits
 
 SMALLEST_GROUP = 16
-X_BYTES, W_BYTES = 4 << 20, 1 << 20  # a block of x and of packed weights; each is in fast memory twice
+W_BYTES = 1 << 20  # a block of packed weights; it, as one of x, is in fast memory twice
 VMEM = 48 << 20  # the rest is for what other operations leave there
 
 
@@ -87,10 +87,10 @@ def tiled(
     )(given)
 
 
-def whole_depth(m: int, k: int, n: int, itemsize: int, x_bytes: int | None = None) -> Tile:
-    """A step over all of K: as many rows and columns as the bytes above allow, or `x_bytes` of x; all rows when tokens
-    are decoded, so that weights are read once."""
-    rows = max((x_bytes or X_BYTES) // (k * itemsize) // 32 * 32, 32)
+def whole_depth(m: int, k: int, n: int, most: int) -> Tile:
+    """A step over all of K: as many columns as the bytes above allow, and rows of x up to `most` numbers; all rows when
+    tokens are decoded, so that weights are read once."""
+    rows = max(most // k // 32 * 32, 32)
     columns = max(2 * W_BYTES // k // 256 * 256, 256)
     return Tile(min(-(-m // 8) * 8, rows, 512), k, min(n, columns))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from jaxq.devices import device_kind
 from jaxq.formats import Float, Format, Int
 from jaxq.kernels.carrier import Carrier, float_carrier, int8_carrier, number_carrier
-from jaxq.kernels.decoded_matmul import Scaled, decoded_matmul
+from jaxq.kernels.decoded_matmul import Scaled, decoded_matmul, tile_of
 from jaxq.kernels.layout import HALF, fits
 from jaxq.kernels.packed_matmul import Operands, packed_matmul
 from jaxq.kernels.plain import MACHINE_FLOATS, Integers, element_scale
@@ -108,7 +107,7 @@ def _decodes(x: Integers, fmt: Int | Float, kind: str, groups: int, seen: Any) -
     zero points."""
     rows, k = x.values.shape
     many = rows > MOST_PASSES or _stacked(rows, k, groups) > MOST_STACKED
-    if groups == 1 or not many or jnp.dtype(seen) != jnp.bfloat16:
+    if groups == 1 or not many or jnp.dtype(seen) != jnp.bfloat16 or tile_of(rows, k, groups, HALF) is None:
         return False
     if x.bound is None:
         return x.values.dtype == jnp.bfloat16
@@ -130,7 +129,10 @@ def packed_product(
     dtype: Any = jnp.float32,
     interpret: Any = False,
 ) -> jax.Array:
-    """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by the kernel: y [M, N].
+    """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by a kernel: y [M, N].
+
+    With Wc = W + d what the carriers hold, (x + a)(W + b) = x Wc - (d - b) sum(x) + a (sum(W) + K b), in each group;
+    where weights are decoded, x + a times W + b as bfloat16 has them.
 
     Args:
       x: as there; quantized ones are integers times a power of two of 8 significant bits at most.
@@ -144,41 +146,14 @@ def packed_product(
       dtype: of y, which is rounded once, in the kernel.
     """
     scale = element_scale(w, fmt, codes.shape[1])
-    multiply = _decoded if _decodes(x, fmt, kind, scale.shape[0], seen) else _summed
-    return multiply(x, codes, replace(w, scale=scale), fmt, sums, kind, dtype=dtype, interpret=interpret)
-
-
-def _decoded(
-    x: Integers, codes: jax.Array, w: Integers, fmt: Int | Float, _: Any, kind: str, *, dtype: Any, interpret: Any
-) -> jax.Array:
-    carrier = weight_carrier(fmt, jnp.bfloat16, kind)
-    assert w.scale is not None
-    center = _held(fmt, carrier, w)
-    if center is not None:
-        center = jnp.broadcast_to(jnp.asarray(center, jnp.float32), w.scale.shape)
-    rows = None if x.scale is None else jnp.broadcast_to(x.scale, (x.values.shape[0], 1))
-    operands = Scaled(x.centered.astype(jnp.bfloat16), codes, w.scale, center, rows)
-    return decoded_matmul(operands, carrier, dtype=dtype, interpret=interpret)
-
-
-def _summed(
-    x: Integers,
-    codes: jax.Array,
-    w: Integers,
-    fmt: Int | Float,
-    sums: jax.Array | None,
-    kind: str,
-    *,
-    dtype: Any,
-    interpret: Any,
-) -> jax.Array:
-    """With Wc = W + d what the carriers hold, (x + a)(W + b) = x Wc - (d - b) sum(x) + a (sum(W) + K b), in each
-    group."""
-    assert w.scale is not None
+    if _decodes(x, fmt, kind, scale.shape[0], seen):
+        carrier = weight_carrier(fmt, jnp.bfloat16, kind)
+        operands = _decoded(x, codes, scale, w, fmt, carrier)
+        return decoded_matmul(operands, carrier, dtype=dtype, interpret=interpret)
     values_dtype, unit = _activations_dtype(x, fmt, kind)
     values = (x.values * jnp.asarray(unit, x.values.dtype)).astype(values_dtype)
     carrier = weight_carrier(fmt, values.dtype, kind)
-    (m, k), (groups, n) = values.shape, w.scale.shape
+    (m, k), (groups, n) = values.shape, scale.shape
     exact = jnp.int32 if values.dtype == jnp.int8 else jnp.float32
     left, right = [], []
     held = _held(fmt, carrier, w)
@@ -194,8 +169,19 @@ def _summed(
         return jnp.stack([jnp.broadcast_to(jnp.asarray(a).astype(exact), shape) for a in parts]) if parts else None
 
     rows = None if x.scale is None else jnp.broadcast_to(x.scale * jnp.float32(1 / unit), (m, 1))
-    operands = Operands(values, codes, w.scale, rows, stacked(left, (m, groups)), stacked(right, (groups, n)))
+    operands = Operands(values, codes, scale, rows, stacked(left, (m, groups)), stacked(right, (groups, n)))
     return packed_matmul(operands, carrier, dtype=dtype, interpret=interpret)
+
+
+def _decoded(
+    x: Integers, codes: jax.Array, scale: jax.Array, w: Integers, fmt: Int | Float, carrier: Carrier
+) -> Scaled:
+    """The operands of a product that is decoded; `scale` is of the weight's elements, [groups, N]."""
+    center = _held(fmt, carrier, w)
+    if center is not None:
+        center = jnp.broadcast_to(jnp.asarray(center, jnp.float32), scale.shape)
+    rows = None if x.scale is None else jnp.broadcast_to(x.scale, (x.values.shape[0], 1))
+    return Scaled(x.centered.astype(jnp.bfloat16), codes, scale, center, rows)
 
 
 def _held(fmt: Int | Float, carrier: Carrier, w: Integers) -> Any:

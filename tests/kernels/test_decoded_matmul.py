@@ -76,9 +76,10 @@ DEEP = [(600, 768, 1100, 16), (37, 1024, 130, 64), (37, 2048, 130, 128)]  # in t
 
 @pytest.mark.parametrize(("m", "k", "n", "size"), SHAPES + DEEP)
 def test_any_shape_and_its_plain_meaning(m, k, n, size, monkeypatch):
-    monkeypatch.setattr("jaxq.kernels.decoded_matmul.X_BYTES", 1 << 15)  # several blocks with ragged ends
-    monkeypatch.setattr(module, "WHOLE", 512)
-    monkeypatch.setattr(module, "DEPTH", 256)
+    monkeypatch.setattr(module, "MOST", 1 << 14)  # several blocks with ragged ends
+    if (m, k, n, size) in DEEP:
+        monkeypatch.setattr(module, "WHOLE", 512)
+        monkeypatch.setattr(module, "DEPTH", 256)
     steps = k // module.tile_of(m, k, k // size, n).depth
     assert steps == {(600, 768): 3, (37, 1024): 2, (37, 2048): 2}.get((m, k), 1)
     draw = np.random.default_rng(0)
@@ -121,7 +122,17 @@ def test_execute_has_it_for_many_tokens_and_computes_the_simulation(name, monkey
     with pltpu.force_tpu_interpret_mode():
         found = jax.jit(jaxq.execute(linear))(jaxq.pack(tree), x)
     wanted = np.asarray(jax.jit(jaxq.execute(linear))(tree, x), float)
-    np.testing.assert_allclose(np.asarray(found, float), wanted, atol=2e-2 * np.abs(wanted).max(), rtol=2**-7)
+    rounding = 1e-5 if tree.inputs == {} else 1e-2  # the simulation rounds quantized activations to bfloat16
+    np.testing.assert_allclose(np.asarray(found, float), wanted, atol=rounding * np.abs(wanted).max(), rtol=2**-7)
+
+
+def test_many_channels_that_steps_do_not_divide_are_left_to_others():
+    x = Integers(jnp.zeros((128, 128 * 110), jnp.bfloat16))
+    assert module.tile_of(*x.values.shape, 110, N) is None and module.tile_of(128, 128 * 112, 112, N).depth == 2048
+    leaf = jnp.zeros((64 * 110, N), jnp.uint8), jnp.ones((110, N))
+    with pytest.raises(ValueError, match="14080 channels in 110 groups: beyond 13824 blocks of 8 groups"):
+        decoded_matmul(Scaled(x.values, *leaf), weight_carrier(E2M1, jnp.bfloat16, V6E))
+    assert has_kernel(x, E2M1, V6E, 110, jnp.bfloat16), "as in float32, by sums of groups"
 
 
 def test_v5e_multiplies_int8_faster_but_not_with_zero_points():

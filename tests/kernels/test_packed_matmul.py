@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxq.kernels.packed_matmul as module
 from jaxq.formats import Float, Int, decode
 from jaxq.kernels import tiles
 from jaxq.kernels.carrier import Carrier, float_carrier, int8_carrier, number_carrier
@@ -148,10 +149,10 @@ def test_where_blocks_are_not_whole_the_plain_meaning_serves(k):
 
 
 def test_several_blocks_with_ragged_ends(monkeypatch):
-    monkeypatch.setattr(tiles, "X_BYTES", 1 << 15)
+    monkeypatch.setattr(module, "X_BYTES", 1 << 15)
     monkeypatch.setattr(tiles, "W_BYTES", 1 << 15)
     m, k, n = 70, 512, 300
-    assert tiles.whole_depth(m, k, n, 2) == (32, k, 256)  # so that neither divides
+    assert tiles.whole_depth(m, k, n, module.X_BYTES // 2) == (32, k, 256)  # so that neither divides
     codes, packed, x = drawn(k, n, m, jnp.bfloat16)
     carrier = float_carrier(Float(2, 1), jnp.float8_e5m2)
     found = packed_matmul(Operands(x, packed, jnp.ones((1, n))), carrier, interpret=True)
