@@ -22,40 +22,45 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from compiled_rows import show
-from gpu_compiled import FORMATS, compiled, prepare
+from gpu_compiled import FORMATS, KERNELS, compiled, prepare
 from sass import multiplying_loop, overwritten
 
-from jaxq.kernels import hopper_many
+from jaxq.kernels import hopper_tiles
 from jaxq.kernels.gpu import in_int8
-from jaxq.kernels.hopper_columns import SLICE
+from jaxq.kernels.hopper_many import hopper_many
+from jaxq.kernels.hopper_tiles import Groups, shape_of
+from jaxq.kernels.hopper_weights import weights
 
-KERNELS = [*FORMATS, *(f"int8_{name}" for name, fmt in FORMATS.items() if in_int8(fmt))]
+NAMES = [*KERNELS, *(f"int8_{name}" for name, fmt in FORMATS.items() if in_int8(fmt))]
 
 
 def row(name: str, rows: int, k: int, n: int, dump: Path, vectors: bool) -> dict:
     """One row of the table; `vectors` are those of the rows, and zero points of both sides."""
-    fmt = FORMATS[name.removeprefix("int8_")]
-    dtype = jnp.dtype(jnp.int8 if name.startswith("int8_") else jnp.bfloat16)
-    shapes = {"x": ((rows, k), dtype), "w": ((k * fmt.bits // 8, n), jnp.uint8), "scale": ((n,), jnp.float32)}
+    of, dtype = (name, jnp.bfloat16) if name in KERNELS else (name.removeprefix("int8_"), jnp.int8)
+    fmt, size, scales = KERNELS[of]
+    dtype, each = jnp.dtype(dtype), (k // (size or k), n)
+    shapes = {"x": ((rows, k), dtype), "w": ((k * fmt.bits // 8, n), jnp.uint8)}
+    shapes["scale"] = each, jnp.float32 if scales == "real" else jnp.uint8
     if not fmt.symmetric and dtype == jnp.bfloat16:
-        shapes["zero"] = (n,), jnp.float32
+        shapes["zero"] = each, jnp.uint8
     if vectors:
         shapes |= {"row": ((rows,), jnp.float32), "left": ((2, rows), jnp.float32), "right": ((2, n), jnp.float32)}
     given = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
     for file in dump.iterdir():
         file.unlink()
 
-    product: Any = partial(hopper_many.hopper_many, fmt=fmt, dtype=jnp.bfloat16)
+    product: Any = partial(hopper_many, fmt=fmt, scales=scales, dtype=jnp.bfloat16)
     memory = compiled(product, **given).memory_analysis()
     ptx, log, sass = (next(dump.glob(f"*.{kind}")).read_text() for kind in ("ptx", "ptxas", "sass_ctrl"))
-    made, loop = hopper_many.weights(fmt, dtype), multiplying_loop(sass)
-    tile = slices, of_tile, _ = hopper_many.tiles(rows, shapes["w"][0][0], n, made)
-    depth = hopper_many.step_depth(made, 8 // fmt.bits, slices, of_tile, dtype.itemsize)
-    codes = depth * SLICE * slices * 8 // fmt.bits // 128  # that a thread expands
+    groups = Groups(
+        k // each[0], scales, sum(given[a].dtype.itemsize for a in ("scale", "zero") if size and a in given)
+    )
+    shape, loop = shape_of(rows, k, n, fmt.bits, dtype, weights(fmt, dtype), groups), multiplying_loop(sass)
+    codes = shape.depth * shape.columns * shape.codes // 128  # that a thread expands
     expanding = sum(bool(re.match(r"(?:LOP3|SHF|PRMT|IMAD|HMUL2|HFMA2)\b", text)) for text in loop)
     return {
         "kernel": name, "rows": rows, "K": k, "N": n,
-        "tile": tile, "depth": depth,
+        "tile": (shape.slices, shape.rows, shape.splits), "depth": shape.depth,
         "temporary": memory.temp_size_in_bytes, "weight": 2 * k * n,
         "wgmma": ptx.count("wgmma.mma_async"), "gmma": len(re.findall(r"\s[HI]GMMA\.", sass)),
         "registers": 1 + max(map(int, re.findall(r"\bR(\d+)\b", sass))),
@@ -67,7 +72,7 @@ def row(name: str, rows: int, k: int, n: int, dump: Path, vectors: bool) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="*", type=int, default=[64, 2048])
-    parser.add_argument("--kernels", nargs="*", default=KERNELS, choices=KERNELS)
+    parser.add_argument("--kernels", nargs="*", default=NAMES, choices=NAMES)
     parser.add_argument("--shapes", nargs="*", default=["4096x4096"], help="KxN")
     parser.add_argument("--tile", nargs=3, type=int, help="other than the kernel's own choice")
     parser.add_argument("--vectors", action="store_true", help="with scales of rows and zero points of both sides")
@@ -75,7 +80,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a folder for the last kernel's PTX and SASS")
     args = parser.parse_args()
     if args.tile:
-        hopper_many.tiles = lambda *_: tuple(args.tile)
+        hopper_tiles.tiles = lambda *_: tuple(args.tile)
     with tempfile.TemporaryDirectory(prefix="gpu_compiled_") as made:
         dump = args.keep or Path(made)
         prepare(dump)

@@ -150,7 +150,7 @@ def _kernel(
 
     if kind in tpu.E4M3:
         return ("tpu", by_tpu) if tpu.has_kernel(x, fmt, kind, groups, seen) else None
-    return ("cuda", by_gpu) if kind is not None and gpu.has_kernel(x, fmt, codes.shape[1], groups, sums) else None
+    return ("cuda", by_gpu) if kind is not None and gpu.has_kernel(x, fmt, codes.shape[1], groups, sums, seen) else None
 
 
 def _either(platform: str, kernel: Callable, plain: F) -> F:

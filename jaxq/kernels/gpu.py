@@ -12,6 +12,8 @@ Which products have a kernel, and which one:
 |                 |             | `in_int8`                 | integers of 8 bits        | `hopper_many`, in int8 |
 |                 |             | other 4-bit floats        | integers, in bfloat16     | `hopper_many`          |
 | any             | per channel | integers, 8 bits          | integers of 8 bits        | `hopper_many`, in int8 |
+| others          | of groups   | 4 and 8 bits, which the   | bfloat16, or integers     | `hopper_many`          |
+|                 |             | program has in bfloat16   | that it holds             |                        |
 
 Integers come in bfloat16 only where it holds them and float32 the sums, exactly.
 """
@@ -39,7 +41,7 @@ COLUMNS = 128  # of the weight, that a warpgroup multiplies at once
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
 FEW = 16  # rows
 SMALL = 2**24  # numbers of a weight, up to which the kernel for many rows is the faster one for any (H200)
-GROUPED = {4: 64, 8: 16}  # rows, by the bits of a weight; with more, XLA multiplies
+GROUPED = {4: 64, 8: 16}  # rows, by the bits of a weight
 CHANNELS = 512, 32768  # of a row, that the kernel holds in registers, and the vectors for it in shared memory
 # From so many rows on it is faster than XLA (H200), which may quantize where it computes x.
 LEAST_ROWS = 256
@@ -53,9 +55,12 @@ def target(*operands: jax.Array) -> str | None:
     return kind if kind is not None and kind.startswith(HOPPER) else None
 
 
-def has_kernel(x: Integers, fmt: Format | None, columns: int, groups: int, sums: jax.Array | None) -> bool:
-    """Whether `packed_product` multiplies [M, K] with `columns` columns of weights of a format in so many groups."""
-    return _read_as(x, fmt, columns, groups, sums) is not None
+def has_kernel(
+    x: Integers, fmt: Format | None, columns: int, groups: int, sums: jax.Array | None, seen: Any = jnp.float32
+) -> bool:
+    """Whether `packed_product` multiplies [M, K] with `columns` columns of weights of a format in so many groups, which
+    the program has in the dtype `seen`: in bfloat16 scaled weights may be rounded to it."""
+    return _read_as(x, fmt, columns, groups, sums, seen) is not None
 
 
 def in_int8(fmt: Int | Float) -> bool:
@@ -68,7 +73,7 @@ def _few(rows: int, fmt: Int | Float, groups: int, size: int) -> bool:
     return rows <= GROUPED[fmt.bits] if groups > 1 else rows <= FEW and size > SMALL
 
 
-def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: jax.Array | None) -> Any:
+def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: jax.Array | None, seen: Any) -> Any:
     """The dtype in which a kernel reads the activation, None where there is no kernel."""
     rows, k = x.values.shape
     if not isinstance(fmt, Int | Float) or fmt.bits not in (4, 8):
@@ -76,10 +81,15 @@ def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: j
     if not rows or columns % COLUMNS or not fits(k, groups, SMALLEST_GROUP):
         return None
     few = _few(rows, fmt, groups, k * columns)
-    if (groups > 1 and not few) or (isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT):
+    rounded = groups > 1 and not few
+    if (rounded and jnp.dtype(seen) != jnp.bfloat16) or (
+        isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT
+    ):
         return None
     if x.bound is None:
         return jnp.bfloat16 if x.values.dtype == jnp.bfloat16 else None
+    if rounded:
+        return jnp.bfloat16 if x.significant is not None and x.significant <= 8 else None
     if x.center is not None and sums is None:
         return None
     assert x.largest is not None
@@ -132,39 +142,46 @@ def packed_product(
       sums: of the weight's integers over each group, int32 [groups, N].
     """
     (rows, k), groups, n = x.values.shape, grid.scale.shape[0], codes.shape[1]
-    read_as = _read_as(x, fmt, n, groups, sums)
+    read_as, few = _read_as(x, fmt, n, groups, sums, jnp.bfloat16), _few(rows, fmt, groups, k * n)
+    codes, whole = lax.bitcast_convert_type(codes, jnp.uint8), groups > 1 and not few
     if read_as == jnp.int8:
         values = narrow(x.values, jnp.int8) if x.int8 is None else x.int8
     else:
-        values = x.values.astype(jnp.bfloat16)
-    codes = lax.bitcast_convert_type(codes, jnp.uint8)
+        values = (x.centered if whole else x.values).astype(jnp.bfloat16)
     total = None
-    if x.center is not None:
+    if x.center is not None and not whole:
         assert sums is not None
         total = sums.astype(jnp.float32)
         if grid.zero is not None:
             total = total + k // groups * (2 ** (fmt.bits - 1) - grid.zero.astype(jnp.float32))
-    product = _of_few if _few(rows, fmt, groups, k * n) and read_as == jnp.bfloat16 else _of_many
+    product = _of_few if few and read_as == jnp.bfloat16 else _of_many
     return product(replace(x, values=values), codes, grid, fmt, total, dtype)
+
+
+def _numbers(x: Integers, grid: Grid, columns: int) -> tuple[dict[str, Any], jax.Array]:
+    """What both kernels are given beside the codes; and the scales that they find, in float32."""
+    outer = grid.outer is not None and grid.outer.size == 1
+    factors = [a.reshape(1, 1) for a in (x.scale, grid.outer if outer else None) if a is not None and a.size == 1]
+    read, each = grid.from_bytes(), (grid.scale.shape[0], columns)
+    scales: Scales = grid.scales if outer else "real"
+    return {
+        "scale": jnp.broadcast_to(grid.scale if outer else read.factor, each),
+        "zero": None if grid.zero is None else jnp.broadcast_to(grid.zero, each),
+        "factor": prod(factors[1:], start=factors[0]) if factors else None,
+        "scales": scales,
+    }, read.scale if outer else read.factor
 
 
 def _of_few(x: Integers, codes: jax.Array, grid: Grid, fmt: Any, total: jax.Array | None, dtype: Any) -> jax.Array:
     """By `hopper_matmul`; `total` are the sums of the weight, less its zero points, [groups, N]."""
     from jaxq.kernels.hopper_matmul import hopper_matmul  # not above: not every jaxlib comes with Mosaic GPU
 
-    outer = grid.outer is not None and grid.outer.size == 1
-    factors = [a.reshape(1, 1) for a in (x.scale, grid.outer if outer else None) if a is not None and a.size == 1]
-    read, each = grid.from_bytes(), (grid.scale.shape[0], codes.shape[1])
-    scales: Scales = grid.scales if outer else "real"
-    scale = jnp.broadcast_to(grid.scale if outer else read.factor, each)
-    zero = None if grid.zero is None else jnp.broadcast_to(grid.zero, each)
-    by = prod(factors[1:], start=factors[0]) if factors else None
-    rows = None if x.scale is None or x.scale.size == 1 else x.scale
-    whole = rows is None and x.center is None
-    kept = dtype if whole else jnp.float32
-    y = hopper_matmul(x.values, codes, scale, fmt, zero=zero, factor=by, scales=scales, dtype=kept)
+    numbers, read = _numbers(x, grid, codes.shape[1])
+    rows, by = None if x.scale is None or x.scale.size == 1 else x.scale, numbers["factor"]
+    kept = dtype if rows is None and total is None else jnp.float32
+    y = hopper_matmul(x.values, codes, numbers.pop("scale"), fmt, **numbers, dtype=kept)
     if x.center is not None and total is not None:
-        correction = (total * (read.scale if outer else read.factor)).sum(0, keepdims=True)
+        correction = (total * read).sum(0, keepdims=True)
         y = y + x.center * (correction if by is None else correction * by)
     return (y if rows is None else y * rows).astype(dtype)
 
@@ -173,27 +190,21 @@ def _of_many(x: Integers, codes: jax.Array, grid: Grid, fmt: Any, total: jax.Arr
     """By `hopper_many`, which writes the result as it is."""
     from jaxq.kernels.hopper_many import hopper_many
 
-    grid = grid.from_bytes()
-    scale, row = grid.factor, x.scale
-    zero = None if grid.zero is None else jnp.broadcast_to(grid.zero, (1, codes.shape[1]))
-    if row is not None and row.size == 1:
-        scale, row = scale * row.reshape(1, 1), None
-    scale = jnp.broadcast_to(scale, (1, codes.shape[1]))
+    numbers, _ = _numbers(x, grid, codes.shape[1])
     left, right = [], []
     if x.center is not None and total is not None:
         left, right = [jnp.broadcast_to(x.center, (x.values.shape[0], 1))], [total]
-    if zero is not None and x.values.dtype == jnp.int8:
+    if grid.zero is not None and x.values.dtype == jnp.int8:
         left.append(x.values.sum(1, dtype=jnp.int32, keepdims=True).astype(jnp.float32))
-        right.append(2 ** (fmt.bits - 1) - zero)
-        zero = None
+        right.append(2 ** (fmt.bits - 1) - numbers.pop("zero").astype(jnp.float32))
     return hopper_many(
         x.values,
         codes,
-        scale[0],
+        numbers.pop("scale"),
         fmt,
-        zero=None if zero is None else zero[0],
-        row=None if row is None else row[:, 0],
+        row=None if x.scale is None or x.scale.size == 1 else x.scale[:, 0],
         left=jnp.concatenate(left, 1).T if left else None,
         right=jnp.concatenate(right) if right else None,
         dtype=dtype,
+        **numbers,
     )

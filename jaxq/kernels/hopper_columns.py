@@ -15,7 +15,7 @@ columns' bytes side by side, and nothing else is exchanged between lanes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
-from jaxq.kernels.hopper_registers import FRAGMENTS, PAIRS, ROWS, as_vector, element, moved
+from jaxq.kernels.hopper_registers import DEPTH, FRAGMENTS, PAIRS, ROWS, as_vector, assembled, element, moved
 
 SLICE = 64  # columns
 RESULT = plgpu.Layout.TILED(
@@ -131,6 +131,36 @@ def per_row(numbers: jax.Array) -> jax.Array:
         return found
 
     return moved(move, [numbers], RESULT.reduce(0), (width,), jnp.float32, ROWS)
+
+
+def scaled(numbers: jax.Array, factors: Sequence[Sequence[jax.Array]]) -> jax.Array:
+    """Fragments, bfloat16 [64 s, 64], times the factors of their columns: `numbers * first + bfloat16(numbers *
+    second)`, rounded once more, or `numbers * first`.
+
+    Args:
+        factors: for each of as many groups as the 64 channels have, one or two: bfloat16 [64 s] as a row of a result.
+    """
+    groups, kinds = len(factors), len(factors[0])
+
+    def move(numbers: np.ndarray, *factors: np.ndarray) -> np.ndarray:
+        word, half = ir.IntegerType.get_signless(32), ir.BF16Type.get()
+        held = numbers.reshape(-1, DEPTH // 8, 2)  # [a, g, b]
+        found = np.empty(held.shape, object)
+        for group, a, b in np.ndindex(groups, len(held), 2):
+            here = (by.reshape(-1)[a : a + 1] for by in factors[kinds * group : kinds * (group + 1)])
+            pairs = [utils.bitcast(by.item(), word) for by in here]
+            first, *second = (utils.prmt(pair, pair, number((0x1010, 0x3232)[b])) for pair in pairs)
+            for g in range(DEPTH // 8 * group // groups, DEPTH // 8 * (group + 1) // groups):
+                given = utils.bitcast(held[a, g, b], word)
+                made = assembled("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", given, *(second or [first]))
+                if second:
+                    made = assembled("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", given, first, made)
+                found[a, g, b] = as_vector(made, half, 2)
+        return found
+
+    every = [by for of_group in factors for by in of_group]
+    layouts = FRAGMENTS, *(RESULT.reduce(0),) * len(every)
+    return moved(move, [numbers, *every], layouts, numbers.shape, jnp.bfloat16, FRAGMENTS)
 
 
 def number(value: int) -> Any:

@@ -19,7 +19,7 @@ difference: see `hopper_bytes.looked_up`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,6 +40,9 @@ from jaxq.kernels.plain import largest_integer
 MAGNITUDES = {Float(2, 1): (0, 1, 2, 3, 4, 6, 8, 12), Float(1, 2): tuple(range(8))}  # of the codes 0 to 7
 
 
+Zeros = Sequence[Sequence[jax.Array]] | None
+
+
 @dataclass(frozen=True)
 class Weights:
     """How codes are multiplied: a product is `unit * value + bias`, in sums over K.
@@ -47,14 +50,15 @@ class Weights:
     Args:
         depth: rows of packed bytes that are expanded at once.
         fragments: of these, a reference to uint8 [depth, 128 s] in shared memory, and zeros: what this warpgroup's
-            columns of them are, [64 s, depth] for each of a byte's codes, made one after the other. The zeros are what
-            is taken off expanded codes, times the unit: float32 [64 s], or None.
+            columns of them are, [64 s, depth] for each of a byte's codes, made one after the other. The zeros are, for
+            each of these codes, what is taken off when it is expanded, times the unit: float32 [64 s] for as many
+            groups as the channels have; or None.
         sums: the dtype that they are added up in.
         ns: that this takes, and each row of x in it.
     """
 
     depth: int
-    fragments: Callable[[Any, jax.Array | None], Iterator[jax.Array]]
+    fragments: Callable[[Any, Zeros], Iterator[jax.Array]]
     sums: Any
     ns: tuple[float, float]
     unit: float = 1.0
@@ -81,14 +85,14 @@ def weights(fmt: Int | Float, dtype: Any) -> Weights:
     raise ValueError(f"{fmt} is not multiplied in int8: integers of 4 and 8 bits are, E2M1 and E1M2")
 
 
-def _expanded(fmt: Int | Float, part: Any, zeros: jax.Array | None) -> Iterator[jax.Array]:
+def _expanded(fmt: Int | Float, part: Any, zeros: Zeros) -> Iterator[jax.Array]:
     made = expansions(fmt)
     held = made[0].flipped(columns.words(part))
-    for e in made:
+    for code, e in enumerate(made):
         bits = registers.fragments(e.bits(held, 0), e.bits(held, 1))
         if e.less:
-            taken = plgpu.layout_cast(jnp.full((bits.shape[0],), e.less), registers.ROWS) if zeros is None else zeros
-            yield registers.less(bits, e.factor, [taken])
+            every = [plgpu.layout_cast(jnp.full((bits.shape[0],), e.less), registers.ROWS)] if zeros is None else []
+            yield registers.less(bits, e.factor, zeros[code] if zeros else every)
         else:
             yield bits * jnp.bfloat16(e.factor)
 

@@ -189,6 +189,9 @@ class Warpgroup:
         elif parts[0] in ("mov", "cvta"):
             if ops[1].startswith("{"):
                 self.values[ops[0]] = pair(self, ops[1])
+            elif ops[0].startswith("{"):
+                halves = np.ascontiguousarray(self.get(ops[1], np.uint32)).view(np.uint16).reshape(LANES, 2)
+                self.values |= dict(zip(ops[0].strip("{ }").split(", "), halves.T))
             else:
                 found = self.get(ops[1], kind)
                 self.values[ops[0]] = found != 0 if parts[1] == "pred" else found
@@ -209,6 +212,9 @@ class Warpgroup:
             return BINARY[parts[0]](self.values[ops[1]], self.values[ops[2]])
         if last in FLOATS:
             return rounded(FLOATING[parts[0]](*(self.floats(op, last) for op in ops[1:])), last)
+        if last == "s16x2":
+            a, b = (np.ascontiguousarray(self.get(op, np.uint32)).view(np.uint16) for op in ops[1:])
+            return BINARY[parts[0]](a, b).view(np.uint32)
         if parts[0] == "prmt":
             a, b, chosen = (self.get(op, np.uint32) for op in ops[1:])
             both = np.stack([a, b], 1).view(np.uint8)
