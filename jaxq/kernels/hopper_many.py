@@ -34,6 +34,7 @@ from jaxq.kernels.expansion import packed_values
 from jaxq.kernels.gpu import COLUMNS, SMALLEST_GROUP
 from jaxq.kernels.hopper_columns import RESULT, per_row, result, scaled
 from jaxq.kernels.hopper_matmul import NO_INDEX
+from jaxq.kernels.hopper_scales import real
 from jaxq.kernels.hopper_tiles import MULTIPLYING, PROCESSORS, Groups, Shape, shape_of
 from jaxq.kernels.hopper_weights import Weights, weights
 from jaxq.kernels.layout import BLOCK, HALF, fits
@@ -196,19 +197,20 @@ def _pipeline(made: Weights, shape: Shape, tile: tuple, operands: list, context:
     )
 
 
-def _loaded(numbers: Any) -> jax.Array:
-    """Of this warpgroup's columns, as a row of a result."""
-    return plgpu.load(numbers, *NO_INDEX, layout=RESULT.reduce(0), optimized=False)
+def _loaded(scales: Scales, numbers: Any) -> jax.Array:
+    """Numbers of this warpgroup's columns, as a row of a result: float32 [64 s]."""
+    row = RESULT.reduce(0)
+    return real(scales, plgpu.load(numbers, *NO_INDEX, layout=row, optimized=False), row)
 
 
 def _zero(made: Weights, zeros: Any) -> jax.Array:
     """What is taken off expanded codes."""
-    return per_row(_loaded(zeros).astype(jnp.float32)) * jnp.float32(made.unit)
+    return per_row(_loaded("real", zeros)) * jnp.float32(made.unit)
 
 
 def _factors(scales: Scales, stored: Any) -> list[jax.Array]:
     """The bfloat16 that scales are the sum of: two are near to float32, those that are stored as bytes are one."""
-    scale = from_bytes(scales, _loaded(stored))
+    scale = _loaded(scales, stored)
     first = scale.astype(jnp.bfloat16)
     return [first, (scale - first.astype(jnp.float32)).astype(jnp.bfloat16)] if scales == "real" else [first]
 
@@ -226,8 +228,9 @@ def _finished(
 
     def vector(name: str, i: int, axis: int) -> jax.Array:
         ref = of[name].at[i, (rows, columns)[axis]]
-        found = plgpu.load(ref, *NO_INDEX, layout=RESULT.reduce(1 - axis), optimized=False)
-        found = from_bytes(shape.groups.scales, found) if name == "scale" else found
+        layout = RESULT.reduce(1 - axis)
+        found = plgpu.load(ref, *NO_INDEX, layout=layout, optimized=False)
+        found = real(shape.groups.scales, found, layout) if name == "scale" else found
         return plgpu.layout_cast(lax.broadcast_in_dim(found, sums.shape, (axis,)), RESULT)
 
     if "sums" in of:  # of x, which the bias was multiplied with

@@ -35,6 +35,7 @@ from jaxq.kernels import hopper_registers as registers
 from jaxq.kernels.expansion import expansions, packed_values
 from jaxq.kernels.gpu import COLUMNS, SMALLEST_GROUP
 from jaxq.kernels.hopper_registers import DEPTH
+from jaxq.kernels.hopper_scales import real
 from jaxq.kernels.layout import fits
 
 SHARED = 208 << 10  # bytes of shared memory of a multiprocessor, for what its blocks hold
@@ -138,8 +139,8 @@ def _kernel(
 
     def each_column(here: Any, kind: Scales) -> jax.Array:
         """Numbers of this warpgroup's columns."""
-        held = plgpu.load(here, *NO_INDEX, layout=registers.BYTES.reduce(0), optimized=False)
-        return registers.columns(from_bytes(kind, held).astype(jnp.float32))
+        row = registers.BYTES.reduce(0)
+        return registers.columns(real(kind, plgpu.load(here, *NO_INDEX, layout=row, optimized=False), row))
 
     def multiply(w_part: Any, x_part: Any, numbers: list, sums: list[jax.Array]) -> list[jax.Array]:
         """The sums of each code of the bytes, with a step's products added.

@@ -195,7 +195,7 @@ class Warpgroup:
             else:
                 found = self.get(ops[1], kind)
                 self.values[ops[0]] = found != 0 if parts[1] == "pred" else found
-        elif parts[0] == "cvt" and "bf16" in name:
+        elif parts[0] == "cvt" and "f16" in name:
             self.values[ops[0]] = converted(self, name, ops)
         elif name.startswith("cvt.rn.f32."):
             self.values[ops[0]] = rounded(self.get(ops[1], TYPES[parts[3]]).astype(float), "f32")

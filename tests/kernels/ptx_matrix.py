@@ -84,9 +84,13 @@ def pair(group: Any, op: str) -> np.ndarray:
 
 
 def converted(group: Any, name: str, ops: list[str]) -> np.ndarray:
-    """To or from bfloat16; of two numbers the first is the upper half."""
-    if name == "cvt.f32.bf16":
-        return group.get(ops[1], np.uint16).astype(np.uint32) << np.uint32(16)
+    """To or from numbers of 16 bits; of two float32 the first is the upper half."""
+    if name.startswith("cvt.f32."):
+        half = ml_dtypes.bfloat16 if name.endswith("bf16") else np.float16
+        return group.get(ops[1], np.uint16).view(half).astype(np.float32).view(np.uint32)
+    if name == "cvt.rn.f16x2.e4m3x2":
+        both = np.ascontiguousarray(group.get(ops[1], np.uint16)).view(ml_dtypes.float8_e4m3fn)
+        return both.astype(np.float16).view(np.uint32)
     found = [group.floats(op, "f32").astype(ml_dtypes.bfloat16).view(np.uint16) for op in ops[:0:-1]]
     return found[0] if len(found) == 1 else found[1].astype(np.uint32) << np.uint32(16) | found[0]
 
