@@ -146,7 +146,8 @@ def _kernel(
 
     def by_gpu(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         assert isinstance(fmt, Int | Float)
-        return gpu.packed_product(x, leaf.planes[0], jax.tree.map(matrix, leaf.stored), fmt, sums, dtype=dtype)
+        stored = jax.tree.map(matrix, leaf.stored)
+        return gpu.packed_product(x, leaf.planes[0], stored, fmt, sums, seen=seen, dtype=dtype)
 
     if kind in tpu.E4M3:
         return ("tpu", by_tpu) if tpu.has_kernel(x, fmt, kind, groups, seen) else None

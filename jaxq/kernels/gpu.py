@@ -41,7 +41,8 @@ COLUMNS = 128  # of the weight, that a warpgroup multiplies at once
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")  # how `jax.Device.device_kind` begins
 FEW = 16  # rows
 SMALL = 2**24  # numbers of a weight, up to which the kernel for many rows is the faster one for any (H200)
-GROUPED = {4: 64, 8: 16}  # rows, by the bits of a weight
+GROUPED = 8  # rows, with weights in groups
+UNROUNDED = {4: 64, 8: 16}  # likewise, of programs in float32, by the bits of a weight; with more, XLA decodes them
 CHANNELS = 512, 32768  # of a row, that the kernel holds in registers, and the vectors for it in shared memory
 # From so many rows on it is faster than XLA (H200), which may quantize where it computes x.
 LEAST_ROWS = 256
@@ -68,9 +69,11 @@ def in_int8(fmt: Int | Float) -> bool:
     return isinstance(fmt, Int) or fmt in (Float(2, 1), Float(1, 2))
 
 
-def _few(rows: int, fmt: Int | Float, groups: int, size: int) -> bool:
+def _few(rows: int, fmt: Int | Float, groups: int, size: int, seen: Any) -> bool:
     """Whether these are few rows, for a weight of `size` numbers."""
-    return rows <= GROUPED[fmt.bits] if groups > 1 else rows <= FEW and size > SMALL
+    if groups == 1:
+        return rows <= FEW and size > SMALL
+    return rows <= (GROUPED if jnp.dtype(seen) == jnp.bfloat16 else UNROUNDED[fmt.bits])
 
 
 def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: jax.Array | None, seen: Any) -> Any:
@@ -80,7 +83,7 @@ def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: j
         return None
     if not rows or columns % COLUMNS or not fits(k, groups, SMALLEST_GROUP):
         return None
-    few = _few(rows, fmt, groups, k * columns)
+    few = _few(rows, fmt, groups, k * columns, seen)
     rounded = groups > 1 and not few
     if (rounded and jnp.dtype(seen) != jnp.bfloat16) or (
         isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT
@@ -127,7 +130,14 @@ def quantized(quant: InputQuant, x: jax.Array, axes: tuple[int, ...]) -> Integer
 
 
 def packed_product(
-    x: Integers, codes: jax.Array, grid: Grid, fmt: Int | Float, sums: jax.Array | None, *, dtype: Any
+    x: Integers,
+    codes: jax.Array,
+    grid: Grid,
+    fmt: Int | Float,
+    sums: jax.Array | None,
+    *,
+    seen: Any = jnp.float32,
+    dtype: Any,
 ) -> jax.Array:
     """`jaxq.kernels.plain.product` of `has_kernel`'s operands, by a kernel: y [M, N] of `dtype`.
 
@@ -140,9 +150,10 @@ def packed_product(
       grid: of the weight as a `Packed` has it stored, [groups, N], or 1 for either.
       fmt: of the codes.
       sums: of the weight's integers over each group, int32 [groups, N].
+      seen: the dtype in which the program has the weight: in bfloat16 scaled weights of groups may be rounded to it.
     """
     (rows, k), groups, n = x.values.shape, grid.scale.shape[0], codes.shape[1]
-    read_as, few = _read_as(x, fmt, n, groups, sums, jnp.bfloat16), _few(rows, fmt, groups, k * n)
+    read_as, few = _read_as(x, fmt, n, groups, sums, seen), _few(rows, fmt, groups, k * n, seen)
     codes, whole = lax.bitcast_convert_type(codes, jnp.uint8), groups > 1 and not few
     if read_as == jnp.int8:
         values = narrow(x.values, jnp.int8) if x.int8 is None else x.int8

@@ -17,7 +17,7 @@ SHARED = 226 << 10  # bytes of shared memory of a block, for its steps under way
 UNDER_WAY = 3  # steps at least, if deeper ones are to be taken
 PROCESSORS = 132
 MOST_SUMS = 256  # of a warpgroup's 64 columns, or half of 128 columns', whose sums then take half of the registers
-SCALING = 36, 72  # ns of a block with 64 columns a warpgroup, for what is expanded at once, to scale it: an estimate
+SCALING = 85  # ns of a block with 64 columns a warpgroup, to scale 64 bytes' codes in one place of a byte (H200)
 
 
 class Groups(NamedTuple):
@@ -66,7 +66,7 @@ class Shape:
 def shape_of(m: int, k: int, n: int, bits: int, dtype: Any, made: Weights, groups: Groups) -> Shape:
     """For weights of so many bits, `made` for activations of a dtype."""
     codes, packed = 8 // bits, k * bits // 8
-    slices, rows, splits = tiles(m, packed, n, made, groups)
+    slices, rows, splits = tiles(m, packed, n, made, codes if groups.held else 0)
 
     def step_bytes(depth: int) -> int:
         columns = MULTIPLYING * SLICE * slices
@@ -82,12 +82,13 @@ def shape_of(m: int, k: int, n: int, bits: int, dtype: Any, made: Weights, group
     return Shape(m, n, codes, groups, slices, rows, splits, depth, steps, under_way)
 
 
-def tiles(m: int, depth: int, n: int, made: Weights, groups: Groups) -> tuple[int, int, int]:
+def tiles(m: int, depth: int, n: int, made: Weights, scaled: int = 0) -> tuple[int, int, int]:
     """How many slices of 64 columns a warpgroup multiplies at a time, how many rows of x a block, and into how many
-    parts K is cut, for weights of `depth` bytes a column: what should take the least time. That of a tile's end, of
-    reading the weights and of adding up parts are as measured, too."""
+    parts K is cut, for weights of `depth` bytes a column, of which so many codes of a byte are scaled by groups: what
+    should take the least time. That of a tile's end, of reading the weights and of adding up parts are as measured,
+    too."""
     runs, (run, row) = depth // made.depth, made.ns
-    run += SCALING[groups.scales == "real"] if groups.held else 0
+    run += SCALING * scaled
 
     def ns(choice: tuple[int, int, int]) -> float:
         slices, rows, splits = choice

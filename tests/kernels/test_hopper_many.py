@@ -1,6 +1,7 @@
 """The Hopper kernel for many rows: its meaning, when it is chosen, what it compiles to, and that run in numpy."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -97,7 +98,7 @@ def test_tiles_are_what_the_tensor_cores_take(dtype):
     made = weights.weights(Int(8), jnp.dtype(dtype))
     small = (100, 256, 128), (5, 128, 128)
     for m, k, n in [(17, 4096, 4096), (128, 4096, 11008), (2048, 2048, 4096), (8192, 11008, 4096), *small]:
-        (slices, rows, splits), steps = tiles.tiles(m, k, n, made, tiles.Groups(k)), k // made.depth
+        (slices, rows, splits), steps = tiles.tiles(m, k, n, made), k // made.depth
         assert rows % (8 if dtype == jnp.bfloat16 else 16) == 0 and slices * rows <= tiles.MOST_SUMS
         assert 1 <= splits <= steps and -(-steps // splits) * (splits - 1) < steps, "no part of K is empty"
 
@@ -105,9 +106,13 @@ def test_tiles_are_what_the_tensor_cores_take(dtype):
 def test_tiles_are_those_that_were_fastest():
     made = weights.weights(Int(4), jnp.dtype(jnp.bfloat16))
     fastest = {32: (2, 32, 3), 128: (1, 128, 1), 256: (2, 88, 1), 512: (1, 176, 1), 2048: (1, 232, 1)}
-    assert {m: tiles.tiles(m, 2048, 11008, made, tiles.Groups(4096)) for m in fastest} == fastest, "on an H200"
+    assert {m: tiles.tiles(m, 2048, 11008, made) for m in fastest} == fastest, "on an H200"
     fastest = {32: (1, 32, 4), 64: (1, 64, 4), 128: (1, 64, 2), 256: (1, 64, 1)}
-    assert {m: tiles.tiles(m, 2048, 4096, made, tiles.Groups(4096)) for m in fastest} == fastest
+    assert {m: tiles.tiles(m, 2048, 4096, made) for m in fastest} == fastest
+    fastest = {16: (2, 16, 3), 32: (2, 32, 3), 64: (2, 64, 3), 128: (2, 128, 3), 256: (1, 256, 1)}
+    assert {m: tiles.tiles(m, 2048, 11008, made, 2) for m in fastest} == fastest, "in groups"
+    fastest = {16: (1, 16, 4), 32: (1, 32, 4), 64: (1, 64, 4), 128: (1, 128, 4)}
+    assert {m: tiles.tiles(m, 2048, 4096, made, 2) for m in fastest} == fastest
 
 
 def test_misfits_name_what_was_found():
@@ -239,7 +244,7 @@ def test_a_hopper_runs_it_for_quantized_activations(activations):
 
 def test_products_without_it():
     assert not uses(quantized(w=jnp.ones((512, 200), jnp.bfloat16))) and not uses(quantized(Int(6)))
-    assert not uses(quantized(jaxq.per_group(Int(4), 128))), "few rows with groups have the other kernel"
+    assert not uses(quantized(jaxq.per_group(Int(4), 128)), x=X), "few rows with groups have the other kernel"
     floats = quantized(jaxq.per_group(Int(4), 128), w=W.astype(jnp.float32))
     assert not uses(floats, x=GROUPED.astype(jnp.float32)), "scaled weights would be rounded"
     assert not uses(quantized(Float(4, 3, reserved=1), Int(8))), "neither int8 nor bfloat16 holds both"
@@ -283,7 +288,8 @@ def test_what_the_kernel_is_given_of_groups_means_the_product(name, activations,
 
     multiply = many.hopper_many
     monkeypatch.setattr(many, "hopper_many", noted)
-    found = gpu.packed_product(x, leaf.planes[0], leaf.stored, leaf.split, None, dtype=jnp.float32)
+    run = partial(gpu.packed_product, seen=jnp.bfloat16, dtype=jnp.float32)
+    found = run(x, leaf.planes[0], leaf.stored, leaf.split, None)
     a = np.asarray(x.centered, np.float64) * (1 if x.scale is None else np.asarray(x.scale))
     w = replace(leaf, dtype=jnp.float32).dequantize()
     wanted = a @ np.asarray(w if name == "nvfp4" else w.astype(jnp.bfloat16), float)
