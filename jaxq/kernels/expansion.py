@@ -58,6 +58,10 @@ class Expansion:
 
     def bits(self, words: jax.Array, byte: int) -> jax.Array:
         """The bits of two bfloat16, of the codes in a byte, 0 or 1, of both halves of int32 words of any shape."""
+        code, taken = sum(mask for mask, _ in self.fields), sum(mask << shift for mask, shift in self.fields)
+        if len(self.fields) > 1 and code < 16:  # a product has copies of a code side by side: fewer instructions
+            copies = sum(1 << shift - self.place for _, shift in self.fields)
+            return (_left(words, -8 * byte) & _both(code << self.place)) * jnp.int32(copies) & _both(taken)
         at = 8 * byte + self.place
         return reduce(or_, [_left(words, shift - at) & _both(mask << shift) for mask, shift in self.fields])
 

@@ -43,6 +43,7 @@ MULTIPROCESSORS = 132
 RESIDENT = 4  # blocks of a multiprocessor at most
 CLUSTER = 8  # blocks that share a column's sum at most, which is what every Hopper schedules together
 STEP = 128  # rows of packed bytes
+MOST = 24  # steps of a block with 8 rows, if more blocks can share them
 NO_INDEX = (None,) if jax.__version_info__ < (0, 11) else ()  # of `plgpu.load`, which JAX 0.10 must be told
 
 
@@ -107,7 +108,8 @@ def tiles(m: int, depth: int, n: int) -> tuple[int, int]:
     those that were fastest (H200)."""
     rows, wanted = (8, 2 * MULTIPROCESSORS - 14) if m <= 8 else (16, MULTIPROCESSORS + 28)
     blocks, splits = -(-m // rows) * (n // COLUMNS), 1
-    while splits < CLUSTER and blocks * splits < wanted and 4 * splits <= depth // STEP:
+    steps = depth // STEP
+    while splits < CLUSTER and 4 * splits <= steps and (blocks * splits < wanted or (m <= 8 and steps > MOST * splits)):
         splits *= 2
     return rows, splits
 
@@ -149,10 +151,11 @@ def _kernel(
             numbers: for each code the scales of its groups, if they are to be multiplied by; then the zero points.
         """
         found = [*sums]
-        for run in range(STEP // DEPTH):
+        runs = STEP // DEPTH
+        for run in range(runs):
             words = registers.pairs(plgpu.layout_cast(w_part[run * DEPTH : (run + 1) * DEPTH, :], registers.BYTES))
             words = made[0].flipped(words)
-            here = [of[run * len(of) // 2 : (run + 1) * len(of) // 2] if len(of) > 1 else of for of in numbers]
+            here = [of[run * len(of) // runs : (run + 1) * len(of) // runs] if len(of) > 1 else of for of in numbers]
             for code, e in enumerate(made):
                 bits = registers.fragments(e.bits(words, 0), e.bits(words, 1))
                 if e.less:

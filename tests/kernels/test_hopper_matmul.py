@@ -93,6 +93,7 @@ def test_the_plain_meaning_is_what_numpy_finds(fmt, groups):
 def test_tiles_are_those_that_were_fastest():
     found = [hopper.tiles(m, k // 2, n) for m in (1, 16) for k, n in ((4096, 4096), (4096, 11008), (8192, 28672))]
     assert found == [(8, 8), (8, 4), (8, 2), (16, 8), (16, 2), (16, 1)]
+    assert hopper.tiles(1, 8192, 28672) == (8, 4), "8 bits"
     assert hopper.tiles(1, 256, 128) == (8, 1), "two steps for a part, or more"
 
 
