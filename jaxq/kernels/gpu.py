@@ -6,16 +6,17 @@ Which products have a kernel, and which one:
 |-----------------|-------------|---------------------------|---------------------------|------------------------|
 | up to `FEW`     | per channel | 4 and 8 bits, not `SMALL` | bfloat16                  | `hopper_matmul`        |
 |                 |             | 4 bits, not `SMALL`       | integers, in bfloat16     |                        |
-| up to `GROUPED` | of groups   | 4 and 8 bits              | bfloat16                  | `hopper_matmul`        |
-|                 |             | 4 bits                    | integers, in bfloat16     |                        |
 | others          | per channel | 4 and 8 bits              | bfloat16                  | `hopper_many`          |
 |                 |             | `in_int8`                 | integers of 8 bits        | `hopper_many`, in int8 |
 |                 |             | other 4-bit floats        | integers, in bfloat16     | `hopper_many`          |
 | any             | per channel | integers, 8 bits          | integers of 8 bits        | `hopper_many`, in int8 |
-| others          | of groups   | 4 and 8 bits, which the   | bfloat16, or integers     | `hopper_many`          |
-|                 |             | program has in bfloat16   | that it holds             |                        |
+| up to `GROUPED` | of groups   | 4 and 8 bits              | bfloat16                  | `hopper_matmul`        |
+|                 |             | 4 bits                    | integers, in bfloat16     |                        |
+| others          | of groups   | 4 and 8 bits              | bfloat16 or integers      | `hopper_many`, rounded |
 
-Integers come in bfloat16 only where it holds them and float32 the sums, exactly.
+Integers come in bfloat16 only where it holds them and, but for the last row, float32 the sums, exactly. Rounded are
+scaled weights, to bfloat16, where the program has them in it: there integers of groups are few up to `FEW`, if not
+`SMALL`, and in programs in float32 all weights in groups up to `UNROUNDED`.
 """
 
 from __future__ import annotations
@@ -71,9 +72,10 @@ def in_int8(fmt: Int | Float) -> bool:
 
 def _few(rows: int, fmt: Int | Float, groups: int, size: int, seen: Any) -> bool:
     """Whether these are few rows, for a weight of `size` numbers."""
-    if groups == 1:
-        return rows <= FEW and size > SMALL
-    return rows <= (GROUPED if jnp.dtype(seen) == jnp.bfloat16 else UNROUNDED[fmt.bits])
+    if groups > 1 and jnp.dtype(seen) != jnp.bfloat16:
+        return rows <= UNROUNDED[fmt.bits]
+    few = rows <= FEW and size > SMALL
+    return few if groups == 1 else rows <= GROUPED or (few and isinstance(fmt, Int))
 
 
 def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: jax.Array | None, seen: Any) -> Any:

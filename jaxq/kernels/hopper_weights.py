@@ -9,7 +9,7 @@
 |          | int4, uint4      | value * 16: the nibble in the byte's high half | 128           | 140, 3.6          |
 |          | E2M1, E1M2       | value in units of its smallest step, plus bias | 128           | 480, 3.1          |
 
-The nanoseconds are of a block with 64 columns a warpgroup, fitted, as those in `hopper_many.tiles`, to 430 times on an
+The nanoseconds are of a block with 64 columns a warpgroup, fitted, as those in `hopper_tiles.tiles`, to 430 times on an
 H200, of 1 to 8192 rows and up to 8192 x 28672 weights.
 
 A float's code is looked up, which byte permutation does in eight bytes; there is no room for both signs, but there is
