@@ -86,10 +86,8 @@ def _read_as(x: Integers, fmt: Format | None, columns: int, groups: int, sums: j
     if not rows or columns % COLUMNS or not fits(k, groups, SMALLEST_GROUP):
         return None
     few = _few(rows, fmt, groups, k * columns, seen)
-    rounded = groups > 1 and not few
-    if (rounded and jnp.dtype(seen) != jnp.bfloat16) or (
-        isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT
-    ):
+    rounded, wide = groups > 1 and not few, isinstance(fmt, Float) and fmt.exponent_bits > WIDEST_EXPONENT
+    if wide or (rounded and jnp.dtype(seen) != jnp.bfloat16):
         return None
     if x.bound is None:
         return jnp.bfloat16 if x.values.dtype == jnp.bfloat16 else None
@@ -156,13 +154,13 @@ def packed_product(
     """
     (rows, k), groups, n = x.values.shape, grid.scale.shape[0], codes.shape[1]
     read_as, few = _read_as(x, fmt, n, groups, sums, seen), _few(rows, fmt, groups, k * n, seen)
-    codes, whole = lax.bitcast_convert_type(codes, jnp.uint8), groups > 1 and not few
+    codes, rounded = lax.bitcast_convert_type(codes, jnp.uint8), groups > 1 and not few
     if read_as == jnp.int8:
         values = narrow(x.values, jnp.int8) if x.int8 is None else x.int8
     else:
-        values = (x.centered if whole else x.values).astype(jnp.bfloat16)
+        values = (x.centered if rounded else x.values).astype(jnp.bfloat16)
     total = None
-    if x.center is not None and not whole:
+    if x.center is not None and not rounded:
         assert sums is not None
         total = sums.astype(jnp.float32)
         if grid.zero is not None:
@@ -192,7 +190,7 @@ def _of_few(x: Integers, codes: jax.Array, grid: Grid, fmt: Any, total: jax.Arra
     numbers, read = _numbers(x, grid, codes.shape[1])
     rows, by = None if x.scale is None or x.scale.size == 1 else x.scale, numbers["factor"]
     kept = dtype if rows is None and total is None else jnp.float32
-    y = hopper_matmul(x.values, codes, numbers.pop("scale"), fmt, **numbers, dtype=kept)
+    y = hopper_matmul(x.values, codes, fmt=fmt, **numbers, dtype=kept)
     if x.center is not None and total is not None:
         correction = (total * read).sum(0, keepdims=True)
         y = y + x.center * (correction if by is None else correction * by)
@@ -213,8 +211,7 @@ def _of_many(x: Integers, codes: jax.Array, grid: Grid, fmt: Any, total: jax.Arr
     return hopper_many(
         x.values,
         codes,
-        numbers.pop("scale"),
-        fmt,
+        fmt=fmt,
         row=None if x.scale is None or x.scale.size == 1 else x.scale[:, 0],
         left=jnp.concatenate(left, 1).T if left else None,
         right=jnp.concatenate(right) if right else None,

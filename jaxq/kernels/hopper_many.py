@@ -1,10 +1,11 @@
 """Products of many rows with packed weights on Hopper GPUs (H100, H200), as a Mosaic GPU kernel.
 
-    y[m, n] = (sum_k x[m, k] c[k, n] + sum_i left[i, m] right[i, n]) * row[m] * scale[n]
+    y[m, n] = (sum_k x[m, k] c[k, n] + sum_i left[i, m] right[i, n]) * row[m] * scale[n] * factor
 
 with x in bfloat16 or int8 and c what the weight's codes stand for (an asymmetric 4-bit integer's: the code less 8);
 zero points of both sides are `left` and `right`. Of weights in groups of channels, for x in bfloat16, c is that times
-the group's scale, rounded to bfloat16: what a program in bfloat16 makes of a quantized weight, too.
+the group's scale, rounded to bfloat16: what a program in bfloat16 makes of a quantized weight, too. (Scales in float32
+are taken as the sum of two bfloat16: what is rounded is within 2**-17 of the weight.)
 
 The weight is the left operand of the tensor cores, transposed and expanded in registers, as in `hopper_matmul`; see
 `hopper_weights`. What differs is who does it. A block has three warpgroups: one copies, two multiply 64 or 128 columns

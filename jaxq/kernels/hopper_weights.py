@@ -91,8 +91,9 @@ def _expanded(fmt: Int | Float, part: Any, zeros: Zeros) -> Iterator[jax.Array]:
     for code, e in enumerate(made):
         bits = registers.fragments(e.bits(held, 0), e.bits(held, 1))
         if e.less:
-            every = [plgpu.layout_cast(jnp.full((bits.shape[0],), e.less), registers.ROWS)] if zeros is None else []
-            yield registers.less(bits, e.factor, zeros[code] if zeros else every)
+            middle = jnp.full((bits.shape[0],), e.less)
+            taken = zeros[code] if zeros else [plgpu.layout_cast(middle, registers.ROWS)]
+            yield registers.less(bits, e.factor, taken)
         else:
             yield bits * jnp.bfloat16(e.factor)
 
