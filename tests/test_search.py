@@ -105,7 +105,7 @@ def table_of(losses: np.ndarray) -> jax.Array:
     return jnp.asarray(losses, jnp.float32)
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (2, 3)])
+@pytest.mark.parametrize("shape", [(), pytest.param((7,), marks=pytest.mark.slow), (2, 3)])
 def test_each_row_finds_its_own_valley(shape: tuple[int, ...]) -> None:
     valleys = np.random.default_rng(0).uniform(0, COUNT, shape)
     table = np.abs(np.arange(COUNT).reshape(-1, *[1] * len(shape)) - valleys)

@@ -33,6 +33,11 @@ M, K, N = 5, 512, 700
 WEIGHTS = [Int(4), Int(4, symmetric=False), Float(2, 1), Float(1, 2), Float(3, 0)]
 E4M3FN, E5M2 = Float(4, 3, reserved=1), Float(5, 2, reserved=4)
 EIGHT = [Int(8), Int(8, symmetric=False), E4M3FN, E5M2]
+# Whose groups are read as those of one that stays: of the integers, and of the floats.
+slow, ALIKE = pytest.mark.slow, (Int(4), Float(1, 2), Float(3, 0), Int(8), E5M2)
+GROUPED_WEIGHTS, GROUPED_EIGHT = (
+    [pytest.param(w, marks=slow) if w in ALIKE else w for w in ws] for ws in (WEIGHTS, EIGHT)
+)
 X = jax.random.normal(jax.random.key(0), (M, K)) * 3 + 0.5
 W = jax.random.normal(jax.random.key(1), (K, N))
 
@@ -83,7 +88,7 @@ def test_activations_of_8_bit_floats(activations, device):
 
 
 @pytest.mark.parametrize("size", [32, 128, *(pytest.param(size, marks=pytest.mark.slow) for size in (16, 64))])
-@pytest.mark.parametrize("weights", EIGHT, ids=str)
+@pytest.mark.parametrize("weights", GROUPED_EIGHT, ids=str)
 @pytest.mark.parametrize("activations", [Int(8), None], ids=str)
 def test_groups_of_weights_of_8_bits(activations, weights, size):
     x, packed = read(activations), jaxq.pack({"w": quantize_weight(W, per_group(weights, size), (0,))})["w"]
@@ -96,7 +101,7 @@ def test_groups_of_weights_of_8_bits(activations, weights, size):
 
 
 @pytest.mark.parametrize("size", [32, pytest.param(128, marks=pytest.mark.slow), 256])
-@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("weights", GROUPED_WEIGHTS, ids=str)
 @pytest.mark.parametrize("activations", [Int(8), Float(2, 1), None], ids=str)
 def test_groups(activations, weights, size):
     """The kernel's product is that of the decoded numbers."""
@@ -178,6 +183,10 @@ def of(recipe, dtype=jnp.float32) -> jaxq.Quantized:
     return jaxq.calibrate(linear, {"w": W.astype(dtype)}, [X.astype(dtype)], recipe)
 
 
+# On a mesh: a packed weight alone, with its grouped grid, its blocks' and its exponents.
+PARTED = {"w4a8", "w4a16_g128", "mxfp8", "llm_fp4"}
+
+
 @cache
 def quantized(name: str) -> jaxq.Quantized:
     return of(*RECIPES[name])
@@ -242,7 +251,7 @@ def test_execute_compiles_for_tpus(name, topology, monkeypatch, no_compilation_c
     assert program.memory_analysis().temp_size_in_bytes < 2 * W.size
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [n if n in PARTED else pytest.param(n, marks=slow) for n in RECIPES])
 def test_on_a_mesh_kernels_run_inside_shard_map(name):
     """XLA cannot partition a kernel: where it divides the work itself, it also multiplies."""
     tree, x = jaxq.pack(quantized(name)), X[:4].astype(RECIPES[name][1])

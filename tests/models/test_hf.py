@@ -308,7 +308,7 @@ class TestForward:
         params, tokens = jax.tree.map(jnp.asarray, model.params), jnp.zeros((3, 2, 4), jnp.int32)
         grads = jax.jit(jax.grad(lambda p: model.forward(p, tokens[0]).sum()))(params)
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
-        assert jax.vmap(model.forward, (None, 0))(params, tokens).shape == (3, 2, 4, 40)
+        assert jax.jit(jax.vmap(model.forward, (None, 0)))(params, tokens).shape == (3, 2, 4, 40)
 
 
 class TestSave:
