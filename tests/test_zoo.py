@@ -35,7 +35,7 @@ SLOW = {
     "scan_blocks",
     "scan_converted",
 }
-# Once these are found and run they are quantized and differentiated as others of the zoo.
+# Once these are found they are run, quantized and differentiated as others of the zoo.
 ALIKE = {
     *("einsum_heads_out", "einsum_transposed_output", "embedding_indexing", "conv1d", "conv2d_nchw", "vmapped_batch"),
     *("accumulate_in_float32", "lora", "jitted_helper_twice", "nested_jit_with_static", "closed_over"),
@@ -97,7 +97,7 @@ def test_every_weight_is_found_and_named(name):
     assert all(part in rows[path] for path, part in s.skipped.items()), rows
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", UNLIKE)
 def test_unquantized_execution_is_bit_identical(name):
     s = specimen(name)
     run: Callable = jaxq.execute(s.forward)

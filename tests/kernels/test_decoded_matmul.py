@@ -102,6 +102,11 @@ RECIPES = {
     "w8a8_g128": jaxq.quantize(per_group(UINT8, 128), Int(8)),
 }
 
+NEAR = {
+    "w8a8_g128",
+    "mxfp8",
+}  # the former's groups as w4a16's, its activation as w4a8's; the latter's blocks as nvfp4's
+
 
 def tree_and_x(name: str) -> tuple[jaxq.Quantized, jax.Array]:
     x = X.astype(jnp.bfloat16)
@@ -115,7 +120,7 @@ def lowered(tree, x, kind: str, on=None) -> jax.stages.Lowered:
         return jax.jit(jaxq.execute(linear)).trace(*given).lower(lowering_platforms=("tpu",))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in NEAR else n for n in RECIPES])
 def test_execute_has_it_for_many_tokens_and_computes_the_simulation(name, monkeypatch):
     tree, x = tree_and_x(name)
     assert "jaxq_decoded_matmul" in lowered(tree, x, V6E).as_text()

@@ -42,7 +42,7 @@ def bits(tree):
 
 def logits(model, params):
     with jax.numpy_dtype_promotion("standard"):
-        return bits(jaxq.execute(model.forward)(params, TOKENS))
+        return bits(jax.jit(jaxq.execute(model.forward))(params, TOKENS))
 
 
 def test_what_is_computed_is_what_promoted_parameters_give(folder):

@@ -312,8 +312,14 @@ class TestForward:
 
 
 class TestSave:
-    @pytest.mark.parametrize("name", NAMES)
-    @pytest.mark.parametrize("max_shard_bytes", (1, 10_000, 10**9))
+    @pytest.mark.parametrize(
+        ("name", "max_shard_bytes"),
+        [
+            *((name, 10_000) for name in NAMES),
+            *(("opt", size) for size in (1, 10**9)),
+            *(pytest.param(name, size, marks=pytest.mark.slow) for name in NAMES[1:] for size in (1, 10**9)),
+        ],
+    )
     def test_round_trip_is_exact(self, name, max_shard_bytes, tmp_path):
         model = load(GOLDEN / name)
         save_hf(model, model.params, tmp_path / "new" / "saved", max_shard_bytes)

@@ -53,10 +53,10 @@ def taken(layer: Layer, quantizer: Quantizer, how: jaxq.FloatSearch) -> dict[str
 WIDE, NARROW, SQUARE, SMALL = (1024, (2752,)), (2752, (1024,)), (1024, (1024,)), (256, (256,))
 SEVERAL, SEVERAL_NARROW = (1024, (1024, 256, 256)), (1024, (256, 128))
 SOME = [
-    (NARROW, 512, GROUP, DEFAULT),
     (SEVERAL, 2048, CHANNEL, DEFAULT),
 ]
 OTHERS = [
+    (NARROW, 512, GROUP, DEFAULT),
     (WIDE, 1024, CHANNEL, DEFAULT),
     (NARROW, 3072, CHANNEL, DEFAULT),
     (WIDE, 64, CHANNEL, DEFAULT),

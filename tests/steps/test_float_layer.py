@@ -189,6 +189,7 @@ def test_tied_weights_take_no_exponents() -> None:
     assert error < 0.1
 
 
+@pytest.mark.slow  # of one operand: test_float_search's padding
 def test_padding_counts_neither_in_ranges_nor_in_errors() -> None:
     s = bare.matmul()
     (x,) = s.inputs
