@@ -45,7 +45,8 @@ def weight(seed: int, *shape: int, fan_in: int | None = None) -> jax.Array:
 
 
 def tokens(seed: int, *shape: int, vocabulary: int = 40) -> jax.Array:
-    return jax.random.randint(jax.random.key(seed), shape, 0, vocabulary)
+    drawn = np.asarray(jax.random.randint(jax.random.key(seed), (4096,), 0, vocabulary))
+    return jnp.asarray(drawn[: math.prod(shape)].reshape(shape))
 
 
 def row(v: jax.Array, ndim: int) -> jax.Array:
