@@ -21,6 +21,7 @@ from tests.tiny import BERT, BLOOM, LLAMA, OPT, tiny_model
 from tests.zoo.specimen import normal, weight
 
 PRODUCTS = ("int8", "float")
+slow = pytest.mark.slow
 
 
 def named(numbers: Any) -> str:
@@ -54,6 +55,11 @@ FORMATS = [
     jaxq.AnyFloat(4),
     jaxq.AnyFloat(8),
 ]
+# Stored in planes as another format of as many bits, which stays.
+ALIKE = {
+    *(jaxq.Int(bits, symmetric) for bits, symmetric in ((3, False), (5, True), (6, True), (7, False))),
+    *(jaxq.Float(*split) for split in [(1, 2), (3, 0), (2, 3), (4, 3), (3, 4), (5, 2, 4)]),
+}
 ACTIVATIONS = [
     None,
     jaxq.Int(8),
@@ -80,14 +86,22 @@ def check_law(recipe, products=PRODUCTS, shape=(32, 6), atol=2e-6):
         np.testing.assert_allclose(got, want, rtol=2e-6, atol=atol * np.abs(want).max(), err_msg=how)
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=named)
+@pytest.mark.parametrize("fmt", [pytest.param(f, marks=slow) if f in ALIKE else f for f in FORMATS], ids=named)
 def test_every_weight_format(fmt):
     check_law(jaxq.quantize(fmt, jaxq.Int(8, symmetric=False)))
     check_law(jaxq.quantize(fmt, None), products=("int8",))
 
 
-@pytest.mark.parametrize("activations", ACTIVATIONS, ids=named)
-@pytest.mark.parametrize("fmt", [jaxq.Int(4, symmetric=False), jaxq.Float(2, 1)], ids=named)
+@pytest.mark.parametrize(
+    ("fmt", "activations"),
+    [
+        *((jaxq.Int(4, symmetric=False), numbers) for numbers in ACTIVATIONS),
+        # Beside a float's weights integers of all kinds are one kind.
+        *((jaxq.Float(2, 1), ACTIVATIONS[i]) for i in (0, 2, 4, 5, 9)),
+        *(pytest.param(jaxq.Float(2, 1), ACTIVATIONS[i], marks=slow) for i in (1, 3, 6, 7, 8)),
+    ],
+    ids=named,
+)
 def test_every_kind_of_activation(fmt, activations):
     check_law(jaxq.quantize(fmt, activations), products=("int8",))
 
@@ -113,9 +127,9 @@ def test_every_granularity_of_weights(weights):
 @pytest.mark.parametrize(
     "fmt",
     [
-        pytest.param(jaxq.AnyFloat(4), marks=pytest.mark.slow),
+        pytest.param(jaxq.AnyFloat(4), marks=slow),
         jaxq.Float(2, 1),
-        pytest.param(jaxq.Float(3, 2), marks=pytest.mark.slow),
+        pytest.param(jaxq.Float(3, 2), marks=slow),
     ],
     ids=named,
 )
@@ -130,7 +144,7 @@ def test_exponents_are_folded_into_the_activation(fmt):
         np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("name", [getattr(n, "values", (n,))[0] for n in NAMES])
 def test_every_model_of_the_zoo(name):
     """Values on a rounding tie may fall to either side, so that outputs differ by less than they do from the float."""
@@ -149,7 +163,7 @@ def test_every_model_of_the_zoo(name):
     assert distance(got, want) <= 0.5 * distance(want, exact) + (2**-7 if bfloat16 else 1e-5)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("config", [OPT, LLAMA, BERT, BLOOM], ids=lambda config: config["model_type"])
 @pytest.mark.parametrize("recipe", ["w4", "w8a8", "w4a8", "llm_fp4"])
 def test_every_family(config, recipe):
@@ -242,7 +256,7 @@ def test_vmap_and_eager(quantized):
     np.testing.assert_allclose(run(packed, X), run(quantized, X), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
+@slow
 def test_a_transposed_weight_and_several_readers():
     """Tied: one leaf, looked up by rows, multiplied by its transpose and as it is; heads split by a reshape."""
 
@@ -279,7 +293,7 @@ def test_one_token_multiplies_eight_bits_as_they_are_stored(symmetric):
 
 
 @pytest.mark.parametrize("fmt", [jaxq.per_tensor(jaxq.Int(3)), jaxq.Int(4, symmetric=False), jaxq.mxfp6()], ids=named)
-@pytest.mark.parametrize("mode", ["fill", "clip", "wrap"])
+@pytest.mark.parametrize("mode", ["fill", "clip", pytest.param("wrap", marks=slow)])
 def test_look_ups_decode_rows_alone(fmt, mode):
     def f(p, tokens):
         return jnp.take(p["table"], tokens, axis=0, mode=mode)

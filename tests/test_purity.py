@@ -43,8 +43,18 @@ def bits(x) -> bytes:
     return np.asarray(x).tobytes()
 
 
-@pytest.mark.parametrize("order", list(permutations(["float", "quantized", "other"])), ids="-".join)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+ORDERS = list(permutations(["float", "quantized", "other"]))
+
+
+@pytest.mark.parametrize(
+    ("compiled", "order"),
+    [
+        *((False, order) for order in ORDERS),
+        # Compiled, one order for each that is first.
+        *(pytest.param(True, order, marks=pytest.mark.slow if i % 2 else ()) for i, order in enumerate(ORDERS)),
+    ],
+    ids=lambda part: "-".join(part) if isinstance(part, tuple) else "jit" if part else "eager",
+)
 def test_no_order_of_calls_changes_a_result(order, compiled):
     jax.clear_caches()
     f, g, params, x = make()

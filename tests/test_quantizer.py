@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxq
@@ -20,8 +20,10 @@ SHAPES = st.sampled_from(
     [((5,), (0,)), ((4, 3), (0,)), ((3, 4), (1,)), ((2, 3, 4), (0, 1)), ((4, 2, 3), (0,)), ((2, 3, 1, 4), (1, 3))]
 )
 FORMATS = st.builds(jaxq.Int, st.integers(2, 8), st.booleans())
+half = settings(max_examples=settings.default.max_examples // 2)  # as nearly every example compiles
 
 
+@half
 @given(SHAPES, FORMATS)
 def test_one_grid_for_each_output_channel(shape_axes, fmt):
     shape, axes = shape_axes
@@ -36,6 +38,7 @@ def test_one_grid_for_each_output_channel(shape_axes, fmt):
         np.testing.assert_array_equal(grid.zero, zero)
 
 
+@half
 @given(SHAPES, FORMATS)
 def test_one_grid_for_the_tensor(shape_axes, fmt):
     shape, axes = shape_axes
@@ -58,6 +61,7 @@ def test_one_grid_for_each_run_of_channels(shape, axes):
     np.testing.assert_array_equal(grid.scale, grid_from_range(fmt, runs.min(last + 1), runs.max(last + 1))[0])
 
 
+@half
 @given(SHAPES, FORMATS, st.sampled_from([jnp.float32, jnp.bfloat16]))
 def test_codes_stand_for_the_fake_quantized_weight(shape_axes, fmt, dtype):
     """Law 2 for weights, whatever the layout; and what a search tries is what is stored in the end."""

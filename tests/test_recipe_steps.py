@@ -1,3 +1,5 @@
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,10 +55,14 @@ def made(**changes: object) -> RecipeFile:
     return RecipeFile.model_validate(BASE | changes)
 
 
-def spec_of(recipe: RecipeFile, kind: str = "linear", **given: float) -> Spec:
+@cache
+def layout():
     model = tiny_model(OPT)
-    groups = trace(model.forward, model.params, TOKENS[0]).layout.groups
-    return to_step(recipe, **given).plan(next(g for g in groups if g.kind == kind), Spec())
+    return trace(model.forward, model.params, TOKENS[0]).layout
+
+
+def spec_of(recipe: RecipeFile, kind: str = "linear", **given: float) -> Spec:
+    return to_step(recipe, **given).plan(next(g for g in layout().groups if g.kind == kind), Spec())
 
 
 def same(a: object, b: object) -> None:

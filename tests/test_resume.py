@@ -146,7 +146,8 @@ def test_an_interrupted_run_ends_with_the_same(name, tmp_path):
 
 
 def test_inside_a_scan_each_layer_has_its_records(tmp_path):
-    one, other = (len(case(name).run(tmp_path / name)[1]) for name in ("layers", "scan"))
+    cases = {name: replace(case(name), recipe=jaxq.quantize()) for name in ("layers", "scan")}
+    one, other = (len(c.run(tmp_path / name)[1]) for name, c in cases.items())
     assert one == other == len(list((tmp_path / "scan").iterdir()))
 
 

@@ -106,7 +106,7 @@ def test_memory_mapped_leaves(tmp_path):
 
 DTYPES = st.sampled_from(["int8", "uint8", "uint4", "float32", "bfloat16", "int32", "bool"])
 ARRAYS = st.tuples(DTYPES, st.lists(st.integers(0, 3), max_size=3), st.integers(0, 255)).map(
-    lambda drawn: jnp.full(drawn[1], drawn[2] % 2 if drawn[0] == "bool" else drawn[2] % 15).astype(drawn[0])
+    lambda drawn: jnp.asarray(np.full(drawn[1], drawn[2] % 2 if drawn[0] == "bool" else drawn[2] % 15, drawn[0]))
 )
 TREES = st.recursive(
     st.none() | ARRAYS,
@@ -276,7 +276,9 @@ np.save("sharded.npy", apart.dequantize())
 """
 
 
-@pytest.mark.parametrize("packed", (False, True), ids=("codes", "packed"))
+@pytest.mark.parametrize(
+    "packed", (pytest.param(False, marks=pytest.mark.slow), True), ids=("codes", "packed")
+)  # of a process each
 def test_restored_elsewhere(tmp_path, packed):
     """In another process with four devices, without a template, the model's code or Flax; there it can be sharded."""
     w = jax.random.normal(jax.random.key(0), (16, 8))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxq
-from jaxq import Float, Int, Quantizer, mxfp4, mxfp6, mxfp8, nvfp4, per_group, per_tensor, per_token
+from jaxq import AnyFloat, Float, Int, Quantizer, mxfp4, mxfp6, mxfp8, nvfp4, per_group, per_tensor, per_token
 from jaxq.export import compressed, save_compressed
 from jaxq.export.schemes import packed
 from jaxq.models import Model
@@ -190,7 +190,7 @@ def refused(model: Model, q: jaxq.Quantized, *words: str) -> None:
 
 
 REFUSED = {
-    "any float": (jaxq.fpq_baseline(8, None), ("layers/0/", "AnyFloat(bits=8)", "reserved=1")),
+    "any float": (jaxq.quantize(AnyFloat(8), None), ("layers/0/", "AnyFloat(bits=8)", "reserved=1")),
     "E2M1": (jaxq.quantize(E2M1, None), ("layers/0/", "Float(exponent_bits=2", "mxfp4()")),
     "inputs of E5M2": (jaxq.quantize(Int(8), Float(5, 2)), ("layers/0/", "input", "Float(exponent_bits=5")),
     "MXFP6": (jaxq.quantize(mxfp6(), None), ("layers/0/", "blocks of 32", "mxfp8()")),

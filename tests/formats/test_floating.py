@@ -179,6 +179,7 @@ def test_codes_are_those_of_the_nearest_elements(fmt, x, scale):
 def test_ties_go_to_the_even_code(fmt):
     table = elements(fmt)
     ties = np.concatenate([(table[1:] + table[:-1]) / 2, table]).astype(np.float32)
+    ties = np.resize(ties, 255)  # one shape for all, because each is compiled anew
     for x in (ties, -ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(1e9))):
         np.testing.assert_array_equal(encode(fmt, jnp.asarray(x)[None], ONE)[0], nearest(fmt, x))
 

@@ -24,6 +24,7 @@ from jaxq.quantizer import per_group, quantize_weight
 M, K, N = 100, 512, 300
 UINT4, UINT8, E2M1, E4M3FN = Int(4, symmetric=False), Int(8, symmetric=False), Float(2, 1), Float(4, 3, reserved=1)
 FORMATS = [Int(4), UINT4, E2M1, Float(1, 2), Int(8), UINT8, E4M3FN, Float(5, 2, reserved=4)]
+ALIKE = {Int(4), Float(1, 2), Int(8), Float(5, 2, reserved=4)}  # decoded as another one of as many bits
 X = jax.random.normal(jax.random.key(0), (M, K)) * 3 + 0.5
 W = jax.random.normal(jax.random.key(1), (K, N))
 V6E = "TPU v6 lite"
@@ -44,7 +45,9 @@ def by_kernel(x: Integers, leaf: jaxq.Packed, kind: str) -> jax.Array:
 
 @pytest.mark.parametrize("kind", [V6E, *(pytest.param(k, marks=pytest.mark.slow) for k in E4M3 if k != V6E)])
 @pytest.mark.parametrize("size", [32, 256, *(pytest.param(size, marks=pytest.mark.slow) for size in (16, 64, 128))])
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    "fmt", [pytest.param(f, marks=pytest.mark.slow) if f in ALIKE else f for f in FORMATS], ids=str
+)
 def test_weights_are_those_of_a_program_in_bfloat16_bit_for_bit(fmt, size, kind):
     """Each is multiplied by one and by nothing else."""
     leaf = packed(per_group(fmt, size))
@@ -99,6 +102,11 @@ RECIPES = {
     "w8a8_g128": jaxq.quantize(per_group(UINT8, 128), Int(8)),
 }
 
+NEAR = {
+    "w8a8_g128",
+    "mxfp8",
+}  # the former's groups as w4a16's, its activation as w4a8's; the latter's blocks as nvfp4's
+
 
 def tree_and_x(name: str) -> tuple[jaxq.Quantized, jax.Array]:
     x = X.astype(jnp.bfloat16)
@@ -112,7 +120,7 @@ def lowered(tree, x, kind: str, on=None) -> jax.stages.Lowered:
         return jax.jit(jaxq.execute(linear)).trace(*given).lower(lowering_platforms=("tpu",))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in NEAR else n for n in RECIPES])
 def test_execute_has_it_for_many_tokens_and_computes_the_simulation(name, monkeypatch):
     tree, x = tree_and_x(name)
     assert "jaxq_decoded_matmul" in lowered(tree, x, V6E).as_text()

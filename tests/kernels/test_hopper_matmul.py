@@ -236,7 +236,7 @@ PAIRS = {(name, "bfloat16"): (fmt, None) for name, fmt in (FORMATS | EIGHT).item
 
 @pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize(("weights", "activations"), PAIRS.values(), ids=map("-".join, PAIRS))
-@pytest.mark.parametrize("group", [None, 128, 32])
+@pytest.mark.parametrize("group", [None, pytest.param(128, marks=pytest.mark.slow), 32])
 def test_what_the_kernel_is_given_means_the_product(weights, activations, group, monkeypatch):
     """Scales, units and zero points. On a Hopper the kernel itself, elsewhere its meaning in its place."""
     tree = quantized(weights if group is None else jaxq.per_group(weights, group), activations)

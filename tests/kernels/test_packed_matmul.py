@@ -13,8 +13,10 @@ from jaxq.kernels.layout import pack_codes
 from jaxq.kernels.packed_matmul import Operands, packed_matmul, plain_packed_matmul
 from jaxq.kernels.tpu import E4M3, elements_dtype, weight_carrier
 
+slow = pytest.mark.slow
 FLOATS = (Float(2, 1), Float(1, 2), Float(3, 0))
 INTS = (Int(4), Int(4, symmetric=False))
+FIRST = INTS[0], FLOATS[0]
 PAIRS = [  # a format, the activation's dtype, the carrier
     *((fmt, jnp.int8, int8_carrier(fmt)) for fmt in INTS),
     *((fmt, jnp.bfloat16, float_carrier(fmt, e4m3)) for fmt in INTS for e4m3 in sorted(set(E4M3.values()), key=str)),
@@ -22,6 +24,9 @@ PAIRS = [  # a format, the activation's dtype, the carrier
     *((fmt, jnp.float8_e4m3fn, float_carrier(fmt, jnp.float8_e4m3fn)) for fmt in FLOATS),
 ]
 IDS = [f"{fmt}-{np.dtype(dtype).name}-{np.dtype(c.dtype).name}".replace(" ", "") for fmt, dtype, c in PAIRS]
+
+
+plainly = jax.jit(plain_packed_matmul, static_argnums=1)
 
 
 def values(fmt: Int | Float, codes: np.ndarray) -> np.ndarray:
@@ -47,8 +52,21 @@ def test_a_carrier_holds_each_of_the_16_codes_exactly(fmt, dtype, carrier: Carri
     assert np.array_equal(held, values(fmt, codes) + carrier.offset)
 
 
-@pytest.mark.parametrize(("m", "k", "n", "groups"), [(1, 256, 128, 1), (17, 768, 130, 6), (5, 768, 130, 24)])
-@pytest.mark.parametrize(("fmt", "dtype", "carrier"), PAIRS, ids=IDS)
+ONE_ROW, GROUPS, SMALL_GROUPS = (1, 256, 128, 1), (17, 768, 130, 6), (5, 768, 130, 24)
+# Every format with one shape; with the others one of the integers, and one of the floats.
+PRODUCTS = [
+    pytest.param(
+        *pair,
+        *shape,
+        id=f"{name}-{'-'.join(map(str, shape))}",
+        marks=() if shape == GROUPS or pair[0] in FIRST else slow,
+    )
+    for pair, name in zip(PAIRS, IDS)
+    for shape in (ONE_ROW, GROUPS, SMALL_GROUPS)
+]
+
+
+@pytest.mark.parametrize(("fmt", "dtype", "carrier", "m", "k", "n", "groups"), PRODUCTS)
 def test_products_are_the_integers_that_numpy_finds(fmt, dtype, carrier: Carrier, m, k, n, groups):
     codes, packed, x = drawn(k, n, m, dtype)
     scale = 2.0 ** np.random.default_rng(1).integers(-3, 1, (groups, n))
@@ -58,7 +76,7 @@ def test_products_are_the_integers_that_numpy_finds(fmt, dtype, carrier: Carrier
     weights = (values(fmt, codes) + carrier.offset).reshape(groups, -1, n)
     exact = np.einsum("mgk,gkn,gn->mn", runs, weights, scale)
     assert np.array_equal(np.asarray(found), exact)
-    assert np.array_equal(np.asarray(plain_packed_matmul(operands, carrier)), exact)
+    assert np.array_equal(np.asarray(plainly(operands, carrier)), exact)
 
 
 NUMBERS = [  # the weights' numbers of 8 bits, the activation's dtype
@@ -68,17 +86,21 @@ NUMBERS = [  # the weights' numbers of 8 bits, the activation's dtype
 ]
 
 
-@pytest.mark.parametrize("e4m3", sorted(set(E4M3.values()), key=str))
-@pytest.mark.parametrize(("numbers", "dtype"), NUMBERS)
+@pytest.mark.parametrize(
+    ("numbers", "dtype", "e4m3"),
+    [
+        # The machine's own e4m3 makes a difference to e4m3 alone.
+        pytest.param(numbers, dtype, e4m3, marks=slow if i and numbers != jnp.float8_e4m3fn else ())
+        for numbers, dtype in NUMBERS
+        for i, e4m3 in enumerate(sorted(set(E4M3.values()), key=str))
+    ],
+)
 @pytest.mark.parametrize(
     ("m", "k", "n", "groups"),
     [
         (17, 768, 130, 6),
         (9, 768, 130, 24),
-        *(
-            pytest.param(*shape, marks=pytest.mark.slow)
-            for shape in ((1, 256, 128, 1), (1, 512, 129, 8), (3, 256, 128, 16))
-        ),
+        *(pytest.param(*shape, marks=slow) for shape in ((1, 256, 128, 1), (1, 512, 129, 8), (3, 256, 128, 16))),
     ],
 )
 def test_products_with_numbers_of_8_bits(numbers, dtype, e4m3, m, k, n, groups):
@@ -97,11 +119,17 @@ def test_products_with_numbers_of_8_bits(numbers, dtype, e4m3, m, k, n, groups):
         number_carrier(numbers, dtype, e4m3),
     )
     assert np.array_equal(np.asarray(packed_matmul(operands, carrier, interpret=True)), exact)
-    assert np.array_equal(np.asarray(plain_packed_matmul(operands, carrier)), exact)
+    assert np.array_equal(np.asarray(plainly(operands, carrier)), exact)
 
 
-@pytest.mark.parametrize(("size", "m"), [(64, 1), (32, 9), (16, 3)])
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "size", "m"),
+    [
+        *((jnp.int8, *of) for of in ((64, 1), (32, 9))),
+        (jnp.bfloat16, 16, 3),
+        *(pytest.param(*of, marks=slow) for of in ((jnp.int8, 16, 3), (jnp.bfloat16, 64, 1), (jnp.bfloat16, 32, 9))),
+    ],
+)
 def test_all_sizes_of_small_groups(dtype, size, m):
     k, n = 512, 129
     fmt, carrier = (
@@ -116,7 +144,7 @@ def test_all_sizes_of_small_groups(dtype, size, m):
     assert np.array_equal(np.asarray(found), np.asarray(x.astype(jnp.float32), float) @ weights)
 
 
-@pytest.mark.parametrize("groups", [1, 4, 16])
+@pytest.mark.parametrize("groups", [1, pytest.param(4, marks=slow), 16])
 def test_zero_points_of_both_sides_and_row_scales(groups):
     m, k, n = 3, 512, 200
     codes, packed, x = drawn(k, n, m, jnp.int8)
@@ -133,7 +161,7 @@ def test_zero_points_of_both_sides_and_row_scales(groups):
     exact = np.einsum("mgk,gkn,gn->mn", runs - zero_x[:, :, None], weights - zero_w[:, None], scale) * rows
     for found in (
         packed_matmul(Operands(x, packed, **floats, **ints), carrier, interpret=True),
-        plain_packed_matmul(Operands(x, packed, **floats, **ints), carrier),
+        plainly(Operands(x, packed, **floats, **ints), carrier),
     ):
         np.testing.assert_allclose(np.asarray(found), exact, rtol=2e-5, atol=1e-2)
 
@@ -143,7 +171,7 @@ def test_where_blocks_are_not_whole_the_plain_meaning_serves(k):
     codes, packed, x = drawn(k, 10, 3, jnp.int8)
     operands = Operands(x, packed, jnp.ones((1, 10)))
     exact = np.asarray(x, int) @ values(Int(4), codes)
-    assert np.array_equal(np.asarray(plain_packed_matmul(operands, int8_carrier(Int(4)))), exact)
+    assert np.array_equal(np.asarray(plainly(operands, int8_carrier(Int(4)))), exact)
     with pytest.raises(ValueError, match="plain_packed_matmul takes any"):
         packed_matmul(operands, int8_carrier(Int(4)), interpret=True)
 
@@ -159,7 +187,7 @@ def test_several_blocks_with_ragged_ends(monkeypatch):
     assert np.array_equal(np.asarray(found), np.asarray(x.astype(jnp.float32), float) @ values(Float(2, 1), codes))
 
 
-@pytest.mark.parametrize("device", ["TPU v6 lite", "TPU7x"])
+@pytest.mark.parametrize("device", ["TPU v6 lite", pytest.param("TPU7x", marks=slow)])
 def test_llm_fp4_at_its_largest_is_exact_in_float32(device):
     """Every product at its largest, 96 * 12 in units of the smallest, for the longest sum that must fit."""
     k = 14336  # whole blocks below 2**24 / 1152

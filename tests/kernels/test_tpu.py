@@ -1,5 +1,6 @@
 """What `execute` has a TPU do with packed weights: the kernel's product is the plain one, and it is chosen."""
 
+from functools import cache
 from importlib.util import find_spec
 
 import jax
@@ -32,6 +33,11 @@ M, K, N = 5, 512, 700
 WEIGHTS = [Int(4), Int(4, symmetric=False), Float(2, 1), Float(1, 2), Float(3, 0)]
 E4M3FN, E5M2 = Float(4, 3, reserved=1), Float(5, 2, reserved=4)
 EIGHT = [Int(8), Int(8, symmetric=False), E4M3FN, E5M2]
+# Read as one that stays: of the integers, and of the floats.
+slow, ALIKE = pytest.mark.slow, (Int(4), Float(1, 2), Float(3, 0), Int(8), E5M2)
+GROUPED_WEIGHTS, GROUPED_EIGHT = (
+    [pytest.param(w, marks=slow) if w in ALIKE else w for w in ws] for ws in (WEIGHTS, EIGHT)
+)
 X = jax.random.normal(jax.random.key(0), (M, K)) * 3 + 0.5
 W = jax.random.normal(jax.random.key(1), (K, N))
 
@@ -63,8 +69,15 @@ DEVICES = [kind if kind == "TPU v6 lite" else pytest.param(kind, marks=pytest.ma
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("weights", [*WEIGHTS, *EIGHT], ids=str)
-@pytest.mark.parametrize("activations", [Int(8), Int(6), Float(2, 1), None], ids=str)
+@pytest.mark.parametrize(
+    ("activations", "weights"),
+    [
+        pytest.param(x, w, marks=slow) if w in ALIKE and x in (Int(6), None) else (x, w)
+        for x in (Int(8), Int(6), Float(2, 1), None)
+        for w in (*WEIGHTS, *EIGHT)
+    ],
+    ids=str,
+)
 def test_the_kernels_product_is_the_plain_one(activations, weights, device):
     x = read(activations)
     found, wanted = both(x, weights, device)
@@ -72,7 +85,7 @@ def test_the_kernels_product_is_the_plain_one(activations, weights, device):
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=atol)
 
 
-@pytest.mark.parametrize("device", sorted(E4M3))
+@pytest.mark.parametrize("device", [pytest.param(d, marks=slow) if d == "TPU v5 lite" else d for d in sorted(E4M3)])
 @pytest.mark.parametrize("activations", [E4M3FN, E5M2, Float(4, 3)], ids=str)
 def test_activations_of_8_bit_floats(activations, device):
     """Larger numbers than bfloat16 counts to, but of few significant bits."""
@@ -82,7 +95,7 @@ def test_activations_of_8_bit_floats(activations, device):
 
 
 @pytest.mark.parametrize("size", [32, 128, *(pytest.param(size, marks=pytest.mark.slow) for size in (16, 64))])
-@pytest.mark.parametrize("weights", EIGHT, ids=str)
+@pytest.mark.parametrize("weights", GROUPED_EIGHT, ids=str)
 @pytest.mark.parametrize("activations", [Int(8), None], ids=str)
 def test_groups_of_weights_of_8_bits(activations, weights, size):
     x, packed = read(activations), jaxq.pack({"w": quantize_weight(W, per_group(weights, size), (0,))})["w"]
@@ -95,7 +108,7 @@ def test_groups_of_weights_of_8_bits(activations, weights, size):
 
 
 @pytest.mark.parametrize("size", [32, pytest.param(128, marks=pytest.mark.slow), 256])
-@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("weights", GROUPED_WEIGHTS, ids=str)
 @pytest.mark.parametrize("activations", [Int(8), Float(2, 1), None], ids=str)
 def test_groups(activations, weights, size):
     """The kernel's product is that of the decoded numbers."""
@@ -156,7 +169,7 @@ def test_numbers_without_a_kernel():
     assert not has_kernel(shifted(whole, jnp.zeros((1, K), jnp.int8), 1), Int(4), v6e), "beyond 8 bits"
 
 
-SEARCH = jaxq.FloatSearch(rounds=1, clips=jaxq.steps.log_clips(count=3))
+SEARCH = jaxq.FloatSearch(rounds=1, clips=jaxq.steps.log_clips(count=3), method=jaxq.exhaustive())
 GROUPED = jaxq.per_group(Int(4, symmetric=False), 128)
 RECIPES = {
     "w4a8": (jaxq.quantize(Int(4), Int(8, symmetric=False)), jnp.float32),
@@ -173,16 +186,31 @@ RECIPES = {
 }
 
 
+def of(recipe, dtype=jnp.float32) -> jaxq.Quantized:
+    return jaxq.calibrate(linear, {"w": W.astype(dtype)}, [X.astype(dtype)], recipe)
+
+
+# Interpreted, their kernels are those of w4a8_g128, nvfp4, mxfp8, and llm_fp4.
+NEAR = {"w4a8_g32", "w4a16_g128", "w8a8_g128", "e2m1"}
+# On a mesh: a packed weight alone, with its grouped grid, its blocks' and its exponents.
+PARTED = {"w4a8", "w4a16_g128", "mxfp8", "llm_fp4"}
+
+
+@cache
+def quantized(name: str) -> jaxq.Quantized:
+    return of(*RECIPES[name])
+
+
 def one_device(kind: str | None) -> AbstractMesh:
     device = None if kind is None else AbstractDevice(kind, None, "tpu")
     return AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=device)
 
 
 def lowered(
-    recipe, x: jax.Array, how="int8", kind: str | None = "TPU v6 lite", on: Sharding | None = None
+    tree: jaxq.Quantized, x: jax.Array, how="int8", kind: str | None = "TPU v6 lite", on: Sharding | None = None
 ) -> jax.stages.Lowered:
     """The program for a TPU of a product with a packed weight."""
-    tree = jaxq.pack(jaxq.calibrate(linear, {"w": W.astype(x.dtype)}, [x], recipe))
+    tree = jaxq.pack(tree)
     given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on), (tree, x))
     with use_abstract_mesh(one_device(kind)):
         return jax.jit(jaxq.execute(linear, how)).trace(*given).lower(lowering_platforms=("tpu",))
@@ -190,18 +218,16 @@ def lowered(
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_execute_has_a_tpu_run_the_kernel(name):
-    recipe, dtype = RECIPES[name]
-    assert "jaxq_packed_matmul" in lowered(recipe, X.astype(dtype)).as_text()
+    assert "jaxq_packed_matmul" in lowered(quantized(name), X.astype(RECIPES[name][1])).as_text()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=slow) if n in NEAR else n for n in RECIPES])
 def test_what_execute_computes_by_the_kernel_is_the_simulation(name, monkeypatch):
     """The whole way from the program to the kernel, which is interpreted, and back."""
     monkeypatch.setattr(products, "_device", lambda *_: "TPU v6 lite")
     monkeypatch.setattr(products, "_either", lambda platform, kernel, plain: kernel)
-    recipe, dtype = RECIPES[name]
+    tree, dtype = quantized(name), RECIPES[name][1]
     x = X.astype(dtype)
-    tree = jaxq.calibrate(linear, {"w": W.astype(dtype)}, [x], recipe)
     with pltpu.force_tpu_interpret_mode():
         found = jax.jit(jaxq.execute(linear))(jaxq.pack(tree), x)
     wanted = np.asarray(jax.jit(jaxq.execute(linear))(tree, x), float)
@@ -228,18 +254,16 @@ def test_execute_compiles_for_tpus(name, topology, monkeypatch, no_compilation_c
     """Nothing of the size of the weight in bfloat16 is made on the way."""
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    recipe, dtype = RECIPES[name]
-    program = lowered(recipe, X.astype(dtype), kind=device.device_kind, on=SingleDeviceSharding(device)).compile()
+    x, on = X.astype(RECIPES[name][1]), SingleDeviceSharding(device)
+    program = lowered(quantized(name), x, kind=device.device_kind, on=on).compile()
     assert "jaxq_packed_matmul" in program.as_text()
     assert program.memory_analysis().temp_size_in_bytes < 2 * W.size
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [n if n in PARTED else pytest.param(n, marks=slow) for n in RECIPES])
 def test_on_a_mesh_kernels_run_inside_shard_map(name):
     """XLA cannot partition a kernel: where it divides the work itself, it also multiplies."""
-    recipe, dtype = RECIPES[name]
-    x = X[:4].astype(dtype)
-    tree = jaxq.pack(jaxq.calibrate(linear, {"w": W.astype(dtype)}, [x], recipe))
+    tree, x = jaxq.pack(quantized(name)), X[:4].astype(RECIPES[name][1])
     mesh = AbstractMesh(
         (2, 2), ("data", "model"), (AxisType.Auto,) * 2, abstract_device=AbstractDevice("TPU v6 lite", None, "tpu")
     )
@@ -269,11 +293,11 @@ def test_a_cast_of_the_weight_keeps_its_kernel():
 
 
 def test_execute_has_no_kernel_run_elsewhere():
-    recipe = jaxq.quantize(Int(4), Int(8))
-    assert "jaxq_packed_matmul" not in lowered(recipe, X, how="float").as_text()
-    assert "jaxq_packed_matmul" not in lowered(recipe, X, kind="TPU v4").as_text()
-    assert "jaxq_packed_matmul" not in lowered(recipe, X, kind=None).as_text()
-    w8a8 = jaxq.quantize(Int(8), Int(8))
+    w4a8 = of(jaxq.quantize(Int(4), Int(8)))
+    assert "jaxq_packed_matmul" not in lowered(w4a8, X, how="float").as_text()
+    assert "jaxq_packed_matmul" not in lowered(w4a8, X, kind="TPU v4").as_text()
+    assert "jaxq_packed_matmul" not in lowered(w4a8, X, kind=None).as_text()
+    w8a8 = of(jaxq.quantize(Int(8), Int(8)))
     assert "jaxq_packed_matmul" not in lowered(w8a8, X).as_text()
     assert "jaxq_packed_matmul" in lowered(w8a8, X, kind="TPU7x").as_text()
-    assert "jaxq_packed_matmul" not in lowered(jaxq.quantize(jaxq.per_group(Int(4), 8), Int(8)), X).as_text()
+    assert "jaxq_packed_matmul" not in lowered(of(jaxq.quantize(jaxq.per_group(Int(4), 8), Int(8))), X).as_text()

@@ -42,7 +42,7 @@ def bits(tree):
 
 def logits(model, params):
     with jax.numpy_dtype_promotion("standard"):
-        return bits(jaxq.execute(model.forward)(params, TOKENS))
+        return bits(jax.jit(jaxq.execute(model.forward))(params, TOKENS))
 
 
 def test_what_is_computed_is_what_promoted_parameters_give(folder):
@@ -69,7 +69,9 @@ def test_calibration_is_that_of_promoted_parameters(folder):
     ]
 
 
-@pytest.mark.parametrize("dtype, computes_in", [(None, "float32"), (ml_dtypes.bfloat16, None)])
+@pytest.mark.parametrize(
+    "dtype, computes_in", [(None, "float32"), pytest.param(ml_dtypes.bfloat16, None, marks=pytest.mark.slow)]
+)
 def test_a_saved_model_computes_in_the_same_type(folder, dtype, computes_in, tmp_path):
     model, quantized = calibrated(folder, dtype)
     save_model(tmp_path / "saved", model, quantized, {"name": "a llama"})

@@ -66,11 +66,11 @@ def test_every_kind_of_group_is_better_than_round_to_nearest(make) -> None:
 @pytest.mark.parametrize(
     ("weights", "granularity"),
     [
-        (jaxq.per_tensor(jaxq.Float(2, 1)), (1, 1)),
-        (jaxq.per_channel(jaxq.Float(2, 1)), (1, 12)),
-        (jaxq.per_group(jaxq.Float(2, 1), 4), (4, 12)),
+        # Activations have a grid per tensor, and weights by default one per channel: the other tests search both.
+        pytest.param(jaxq.per_tensor(jaxq.Float(2, 1)), (1, 1), id="tensor", marks=pytest.mark.slow),
+        pytest.param(jaxq.per_channel(jaxq.Float(2, 1)), (1, 12), id="channel", marks=pytest.mark.slow),
+        pytest.param(jaxq.per_group(jaxq.Float(2, 1), 4), (4, 12), id="group"),
     ],
-    ids=["tensor", "channel", "group"],
 )
 def test_finer_grids_fit_better(weights: jaxq.Quantizer, granularity: tuple[int, int]) -> None:
     s = bare.matmul()
@@ -189,6 +189,7 @@ def test_tied_weights_take_no_exponents() -> None:
     assert error < 0.1
 
 
+@pytest.mark.slow  # of one operand: test_float_search's padding
 def test_padding_counts_neither_in_ranges_nor_in_errors() -> None:
     s = bare.matmul()
     (x,) = s.inputs

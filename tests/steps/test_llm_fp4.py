@@ -182,7 +182,11 @@ def test_permuting_output_channels_permutes_the_result() -> None:
     np.testing.assert_array_equal(one.inputs["w"].grid.scale, other.inputs["w"].grid.scale)
 
 
-@pytest.mark.parametrize("first", [os_plus(), jaxq.smooth_quant(), channel_shift()], ids=["os_plus", "smooth", "shift"])
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(os_plus(), marks=pytest.mark.slow), jaxq.smooth_quant(), channel_shift()],  # the others' two together
+    ids=["os_plus", "smooth", "shift"],
+)
 def test_after_another_transform(first: Step) -> None:
     params, xs = made()
     quantized = jaxq.calibrate(forward, params, list(xs), jaxq.chain(first, fp4()))

@@ -267,7 +267,7 @@ def test_every_step_of_the_published_search(case: str, legal: bool) -> None:
     Replay(case, legal).rounds()
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(6, marks=pytest.mark.slow), 8])
 def test_the_published_search_of_an_embedding(bits: int) -> None:
     """Row by row; then the format. Its rounds repeat the first one."""
     z = np.load(GOLDENS / "fpq_embedding.npz")
@@ -324,7 +324,7 @@ FAST, FULL = jaxq.FloatSearch(), jaxq.FloatSearch(method=exhaustive())
         ("baseline_w4a4e2", jaxq.fpq_baseline, FAST, 1),
         pytest.param("baseline_w4a4e2", jaxq.fpq_baseline, FULL, 1, marks=pytest.mark.slow),
         ("fpq_w4a4e2", jaxq.llm_fp4, FAST, 1),
-        ("fpq_w4a4e2", jaxq.llm_fp4, FULL, 1),
+        pytest.param("fpq_w4a4e2", jaxq.llm_fp4, FULL, 1, marks=pytest.mark.slow),
         ("fpq_w4a4e2", jaxq.post_shifted_fp4, FAST, 1),
         pytest.param("fpq_w4a4e2", jaxq.post_shifted_fp4, FULL, 1, marks=pytest.mark.slow),
         pytest.param("fpq_w6a6e3", jaxq.llm_fp4, FAST, 1, marks=pytest.mark.slow),

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
 from tests.zoo.specimen import Specimen, normal, tokens
+
+
+def flat(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32, **_) -> jax.Array:
+    """Draws on one axis: the usual initializers' are in the kernel's own shape, which is slow to compile, and anew."""
+    drawn = jax.random.normal(key, (4096,))[: math.prod(shape)].reshape(shape)
+    return (drawn * math.prod(shape[:-1]) ** -0.5).astype(dtype)
 
 
 class NnxBlock(nnx.Module):
@@ -90,10 +98,10 @@ def nnx_scan() -> Specimen:
 
 class NnxConv(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.conv = nnx.Conv(3, 8, (3, 3), kernel_init=flat, rngs=rngs)
         self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
-        self.general = nnx.LinearGeneral((4, 8), 6, axis=(-2, -1), rngs=rngs)
-        self.einsum = nnx.Einsum("bc,cd->bd", (6, 5), (5,), rngs=rngs)
+        self.general = nnx.LinearGeneral((4, 8), 6, axis=(-2, -1), kernel_init=flat, rngs=rngs)
+        self.einsum = nnx.Einsum("bc,cd->bd", (6, 5), (5,), kernel_init=flat, rngs=rngs)
 
     def __call__(self, x):
         x = nnx.relu(self.norm(self.conv(x)))
@@ -166,17 +174,17 @@ def linen_remat_scan() -> Specimen:
 class LinenMixed(linen.Module):
     @linen.compact
     def __call__(self, x, train: bool = False):
-        x = linen.Conv(8, (3,), dtype=jnp.bfloat16)(x)
+        x = linen.Conv(8, (3,), dtype=jnp.bfloat16, kernel_init=flat)(x)
         x = linen.BatchNorm(use_running_average=not train)(x)
         x = linen.RMSNorm()(linen.relu(x).astype(jnp.float32))
-        q, k, v = (linen.Dense(8, dtype=jnp.bfloat16, name=n)(x) for n in "qkv")
-        return linen.Dense(4)((q * k + v).astype(jnp.float32))
+        q, k, v = (linen.Dense(8, dtype=jnp.bfloat16, kernel_init=flat, name=n)(x) for n in "qkv")
+        return linen.Dense(4, kernel_init=flat)((q * k + v).astype(jnp.float32))
 
 
 def linen_mixed() -> Specimen:
     """Convolution, running statistics beside the parameters, bfloat16 compute on float32 parameters."""
     model, x = LinenMixed(), normal(1, 2, 6, 5)
-    params = model.init(jax.random.key(0), x)
+    params = jax.jit(model.init)(jax.random.key(0), x)
     sites = {f"params/{n}/kernel" for n in ("Conv_0", "q", "k", "v", "Dense_0")}
     return Specimen(model.apply, params, (x,), frozenset(sites), bound=0.06)
 

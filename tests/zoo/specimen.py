@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import jax
@@ -26,8 +28,16 @@ class Specimen:
     differentiable: bool = True
 
 
+@cache
+def draws(seed: int, count: int) -> np.ndarray:
+    return np.asarray(jax.random.normal(jax.random.key(seed), (count,)))
+
+
 def normal(seed: int, *shape: int, scale: float = 1.0, dtype: Any = jnp.float32) -> jax.Array:
-    return (jax.random.normal(jax.random.key(seed), shape) * np.float32(scale)).astype(dtype)
+    """The first of a run of draws whose length is one of few: a draw of each shape of its own would compile anew."""
+    size = math.prod(shape)
+    values = draws(seed, max(4096, 1 << (size - 1).bit_length()))[:size].reshape(shape)
+    return jnp.asarray((values * np.float32(scale)).astype(dtype))
 
 
 def weight(seed: int, *shape: int, fan_in: int | None = None) -> jax.Array:
@@ -35,7 +45,8 @@ def weight(seed: int, *shape: int, fan_in: int | None = None) -> jax.Array:
 
 
 def tokens(seed: int, *shape: int, vocabulary: int = 40) -> jax.Array:
-    return jax.random.randint(jax.random.key(seed), shape, 0, vocabulary)
+    drawn = np.asarray(jax.random.randint(jax.random.key(seed), (4096,), 0, vocabulary))
+    return jnp.asarray(drawn[: math.prod(shape)].reshape(shape))
 
 
 def row(v: jax.Array, ndim: int) -> jax.Array:
