@@ -29,7 +29,7 @@ def real(scales: Scales, stored: jax.Array, layout: Any) -> jax.Array:
 
 def _e4m3(registers: np.ndarray) -> np.ndarray:
     """By the machine's own conversion, of two at a time."""
-    word, half, pair = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(16), ir.F32Type.get()
+    word, half, number = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(16), ir.F32Type.get()
     found = np.empty(registers.shape, object)
     for i, bytes_ in np.ndenumerate(registers):
         (count,) = ir.VectorType(bytes_.type).shape
@@ -38,6 +38,6 @@ def _e4m3(registers: np.ndarray) -> np.ndarray:
         for j in range(count // 2):
             both = llvm.inline_asm(word, [element(halves, j)], "cvt.rn.f16x2.e4m3x2 $0, $1;", "=r,h")
             both = as_vector(both, ir.F16Type.get(), 2)
-            numbers += [arith.extf(pair, element(both, side)) for side in (0, 1)]
-        found[i] = vector.from_elements(ir.VectorType.get((count,), pair), numbers)
+            numbers += [arith.extf(number, element(both, side)) for side in (0, 1)]
+        found[i] = vector.from_elements(ir.VectorType.get((count,), number), numbers)
     return found

@@ -90,6 +90,14 @@ def test_the_plain_meaning_is_what_numpy_finds(fmt, groups):
     assert np.array_equal(found, exact(fmt, x, codes, scale, zero))
 
 
+def test_powers_of_two_are_what_their_bytes_stand_for():
+    from jaxq.kernels.hopper_scales import real
+
+    stored = jnp.arange(255, dtype=jnp.uint8)
+    found, wanted = real("power_of_two", stored, None), from_bytes("power_of_two", stored)
+    assert np.asarray(found).tobytes() == np.asarray(wanted).tobytes(), "2**-127, which is subnormal, too"
+
+
 def test_tiles_are_those_that_were_fastest():
     found = [hopper.tiles(m, k // 2, n) for m in (1, 16) for k, n in ((4096, 4096), (4096, 11008), (8192, 28672))]
     assert found == [(8, 8), (8, 4), (8, 2), (16, 8), (16, 2), (16, 1)]
