@@ -271,8 +271,16 @@ GROUPS = BYTES | {
 }
 
 
-@pytest.mark.parametrize("activations", [None, *ACTIVATIONS.values()], ids=["bfloat16", *ACTIVATIONS])
-@pytest.mark.parametrize("name", GROUPS)
+GROUPED_PAIRS = [
+    pytest.param(
+        name, x, id=f"{name}-{kind}", marks=[] if x is None or name in (*BYTES, "uint4_g128") else pytest.mark.slow
+    )
+    for name in GROUPS
+    for kind, x in ({"bfloat16": None} | ACTIVATIONS).items()
+]
+
+
+@pytest.mark.parametrize(("name", "activations"), GROUPED_PAIRS)
 def test_what_the_kernel_is_given_of_groups_means_the_product(name, activations, monkeypatch):
     """With the weights as bfloat16 has them, or nearly always where their scales are not bytes: the sum of two factors
     is not quite such a scale. NVFP4's take the tensor's scale after the sum, and are not rounded."""
