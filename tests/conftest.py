@@ -26,7 +26,7 @@ settings.load_profile("jaxq")
 
 
 def pytest_collection_finish() -> None:
-    """What the imports made stays: collections of garbage that look through it are 3 to 5 % of the suite's time."""
+    """What the imports made stays: no collection of garbage has to look through it again."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 50, 100)

@@ -270,11 +270,10 @@ GROUPS = BYTES | {
     f"{name}_g{size}": jaxq.per_group(f, size) for name, f in (FORMATS | EIGHT).items() for size in (32, 128)
 }
 
-
+# With each activation by default, for each way that scales and integers are given; the others with bfloat16 alone.
+WITH_ALL = (*BYTES, "uint4_g128", "int8_g32")
 GROUPED_PAIRS = [
-    pytest.param(
-        name, x, id=f"{name}-{kind}", marks=[] if x is None or name in (*BYTES, "uint4_g128") else pytest.mark.slow
-    )
+    pytest.param(name, x, id=f"{name}-{kind}", marks=[] if x is None or name in WITH_ALL else pytest.mark.slow)
     for name in GROUPS
     for kind, x in ({"bfloat16": None} | ACTIVATIONS).items()
 ]
