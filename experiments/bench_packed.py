@@ -2,7 +2,8 @@
 
     python experiments/bench_packed.py [--model stdlib-opt] [--batch 8] [--length 128]
 
-Prints medians, and the median of the ratios to float32 of the same round.
+Prints medians, the median of the ratios to float32 of the same round, and the memory that a pass takes beside its
+arguments.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def variants(model: models.Model, tokens: np.ndarray) -> dict[str, tuple]:
         "W8A8 packed, float": (jax.jit(jaxq.execute(model.forward, "float")), jaxq.pack(w8a8)),
         "W4A16 simulated": (run, w4a16),
         "W4A16 packed": (run, jaxq.pack(w4a16)),
+        "W4A16 packed, decoded whole": (jax.jit(jaxq.execute(model.forward, "xla")), jaxq.pack(w4a16)),
     }
 
 
@@ -72,13 +74,14 @@ def main() -> None:
         timed(run, params, tokens)
     rounds = [{name: timed(*what, tokens) for name, what in runs.items()} for _ in range(args.rounds)]
     rows = []
-    for name, (_, params) in runs.items():
+    for name, (run, params) in runs.items():
         ratio = float(np.median([r[name] / r["float32"] for r in rounds]))
-        bits = jaxq.bits_per_weight(params)
-        rows.append((name, 1e3 * float(np.median([r[name] for r in rounds])), ratio, None if np.isnan(bits) else bits))
+        bits, median = jaxq.bits_per_weight(params), 1e3 * float(np.median([r[name] for r in rounds]))
+        taken = run.lower(params, tokens).compile().memory_analysis().temp_size_in_bytes / 2**20
+        rows.append((name, median, ratio, taken, None if np.isnan(bits) else bits))
     title = f"{model.name}: a forward pass of [{args.batch}, {args.length}] tokens on {jax.devices()[0].device_kind}"
     say(f"{args.rounds} rounds, interleaved")
-    Console().print(table(title, ("", "ms", "to float32", "bits per weight"), rows))
+    Console().print(table(title, ("", "ms", "to float32", "MiB taken", "bits per weight"), rows))
 
 
 if __name__ == "__main__":

@@ -11,20 +11,32 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from jaxq.contraction import transform
+from jaxq.devices import device_kind
 from jaxq.formats import Float, Int
 from jaxq.formats.integer import narrow
 from jaxq.kernels import gpu, tpu
-from jaxq.kernels.plain import Integers, Products, activation_integers, product, shifted, weight_integers
+from jaxq.kernels.plain import (
+    Integers,
+    Products,
+    activation_integers,
+    decoded,
+    in_slabs,
+    product,
+    shifted,
+    weight_integers,
+)
+from jaxq.kernels.slabs import in_bands, slab_size
 from jaxq.program.sites import Operands, Site
-from jaxq.program.views import Convert, View
+from jaxq.program.views import Convert, Reshape, View
 from jaxq.qtensor import InputQuant, Packed, PerGroup
 
 
 def multiplies(eqn: Any, site: Site, x: jax.Array, leaf: Packed, quant: InputQuant | None, products: Products) -> bool:
     """Whether `multiply` may do a site's product: a matrix product with one scale for each row and column of integers,
-    or in groups of the rows where the device has kernels.
+    or in groups of the rows where the device has kernels or decodes them part by part.
 
     Others take the decoded weight, and so does one that is told how its result is to be sharded: that is said of its
     own axes."""
@@ -33,7 +45,8 @@ def multiplies(eqn: Any, site: Site, x: jax.Array, leaf: Packed, quant: InputQua
     grids = jax.tree.leaves(leaf.stored)
     fits = all(a.ndim == leaf.ndim for a in grids)
     if fits and any(a.shape[i] > 1 for a in grids for i in site.leaf_axes):
-        fits = site.leaf_axes == (0,) and _device(products, x, leaf.planes[0]) is not None
+        somewhere = _device(products, x, leaf.planes[0]) is not None or _by_parts(products, x, leaf.planes[0])
+        fits = site.leaf_axes == (0,) and somewhere
     if leaf.exponents is not None:
         fits &= all(n == 1 for i, n in enumerate(leaf.exponents.shape) if i not in site.leaf_axes)
     if quant is None or quant.format is None:
@@ -65,7 +78,7 @@ def read_input(quant: InputQuant | None, x: jax.Array, axes: tuple[int, ...], pr
 def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products) -> jax.Array | None:
     """The result of a `dot_general` of an activation and a packed weight; whichever of them comes first. None where
     weights are in groups that no kernel takes: they are to be decoded."""
-    ops, dtype = site.operands, eqn.outvars[0].aval.dtype
+    ops, dtype, precision = site.operands, eqn.outvars[0].aval.dtype, eqn.params["precision"]
     rows, views = _each(x, partial(_rows, ops)), site.ref.views if site.ref else ()
     matrix = partial(_columns, ops, views)
     groups = max(a.shape[i] for a in jax.tree.leaves(leaf.stored) for i in site.leaf_axes)
@@ -74,29 +87,41 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
     in_place = all(isinstance(view, Convert) for view in views) and leaf.columns and leaf.planes[0].ndim == 2
     in_place = in_place and ops.w_axes == tuple(range(len(leaf.rows)))
     k_axis = int(max(set(range(leaf.ndim)) - {*site.leaf_axes}, default=-1) < min(site.leaf_axes))
+    by_parts = _by_parts(products, rows.values, leaf.planes[0])
+    slab = slab_size(prod(leaf.local_rows), leaf.planes[0].shape[1], groups) if by_parts and in_place else None
+
+    def as_matrix(leaf: Packed) -> Packed:
+        k, n = prod(leaf.local_rows), leaf.planes[0].shape[1]
+        stored = jax.tree.map(matrix, leaf.stored)
+        return replace(leaf, stored=stored, rows=(k,), columns=(n,), exponents=None, sums=None)
 
     def plain(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
+        if slab:
+            return product(x, in_slabs(as_matrix(leaf), slab, weight_integers), sums, products, precision)
         integers = weight_integers(leaf)
         w = _each(integers, matrix)
         if k_axis:  # as it is stored, from end to end, so that the program's own transpose is undone
             kept = [i for i in range(len(site.shapes[ops.w])) if i not in ops.w_axes]
             w = replace(w, values=_matrix(_seen(views, integers.values), kept, ops.w_axes))
-        return product(x, w, sums, products, eqn.params["precision"], k_axis)
+        return product(x, w, sums, products, precision, k_axis)
 
-    def decoded(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
-        w = matrix(replace(leaf, exponents=None).dequantize())
+    def in_groups(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
+        leaf = as_matrix(leaf)
         a = x.centered if x.scale is None else x.centered * x.scale
-        return product(Integers(a), Integers(w), None, products, eqn.params["precision"])
+        w = in_slabs(leaf, slab, decoded) if slab else decoded(leaf)
+        return product(Integers(a), w, None, products, precision)
 
     sums = _sums(site, leaf, groups, matrix)
     seen = eqn.invars[ops.w].aval.dtype
     chosen = _kernel(rows, leaf, groups, sums, products, matrix, seen, dtype) if in_place else None
-    if chosen is None and groups > 1:
+    if chosen is None and groups > 1 and not slab:
         return None
 
     def meaning(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
-        return (plain if groups == 1 else decoded)(x, leaf, sums).astype(dtype)
+        return (plain if groups == 1 else in_groups)(x, leaf, sums).astype(dtype)
 
+    if by_parts and k_axis and leaf.ndim == 2 and not any(isinstance(view, Reshape) for view in views):
+        return _result(eqn, ops, in_bands(partial(meaning, rows), leaf, sums))
     multiplied = meaning if chosen is None else _either(*chosen, meaning)
     return _result(eqn, ops, multiplied(rows, leaf, sums))
 
@@ -117,6 +142,12 @@ def _sums(site: Site, leaf: Packed, groups: int, matrix: Callable[[jax.Array], j
 
 Product = Callable[[Integers, Packed, jax.Array | None], jax.Array]
 F = TypeVar("F", bound=Callable)
+
+
+def _by_parts(products: Products, *operands: jax.Array) -> bool:
+    """Whether a weight is decoded part by part, as it is multiplied: on CPU, in a compiled program."""
+    traced = any(isinstance(a, Tracer) for a in operands)
+    return products != "xla" and traced and device_kind(*operands) == "cpu"
 
 
 def _device(products: Products, *operands: jax.Array) -> str | None:

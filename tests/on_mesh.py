@@ -14,13 +14,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxq
+from jaxq.kernels import slabs
 from jaxq.kernels.plain import Integers, activation_integers, product, weight_integers
 from jaxq.kernels.tpu import packed_product
 from jaxq.qtensor import PerTensor
 from jaxq.quantizer import per_channel, per_tensor, quantize_weight
 from tests.tiny import OPT, tiny_model
 
-WIDTH = 512  # two blocks of packed codes
+WIDTH = 1024  # four blocks of packed codes
 ASYMMETRIC = jaxq.Int(8, symmetric=False)
 RECIPES = {
     "w8a8": jaxq.chain(jaxq.smooth_quant(), jaxq.quantize(jaxq.Int(8), ASYMMETRIC)),
@@ -179,6 +180,9 @@ def products() -> None:
     mesh = grid_of_devices(4, 2)
     check_integers(mesh)
     check_explicit(mesh)
+    check_shard_map(mesh)
+    slabs.SMALL, slabs.SLAB = 1, 256 * 32
+    check_integers(mesh)
     check_shard_map(mesh)
     check_kernels(mesh)
 

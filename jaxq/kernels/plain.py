@@ -13,12 +13,13 @@ its smallest step. So a product is one of integers, exact, and the scales of its
 | E2M3               | 60              | yes, without exponents                                   |
 | wider floats       | from 448 on     | no: bfloat16 holds them all exactly; sums in float32     |
 
-On CPU a product of few rows is padded to 16: XLA has fast 8-bit products of matrices there, none of vectors.
+On CPU a product of one row is padded to two: XLA has fast 8-bit products of matrices there, none of vectors.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -32,11 +33,12 @@ from jaxq.devices import on_gpu
 from jaxq.formats import Float, Format, Int, decode, elements
 from jaxq.formats.floating import layout, power_of_two
 from jaxq.formats.integer import narrow
+from jaxq.kernels.slabs import Slabs
 from jaxq.qtensor import Granularity, Grid, Packed, QTensor, pytree, static
 
 Products = Literal["int8", "xla", "float", "decoded"]
 
-ROWS_ON_CPU = 16
+ROWS_ON_CPU = 2
 # From so many on GPUs' libraries are given what they multiply: 8-bit weights transposed, others as bfloat16. XLA's own
 # products, which take weights as they are, took 1.4 to 2.1 times bfloat16's time for 2048 rows (H100, JAX 0.11.2); this
 # number is an estimate from that and from what the passes over the weights should take.
@@ -53,6 +55,7 @@ class Integers:
     value may have been multiplied by a power of two up to `2**reach`, `bound` being the largest magnitude before that.
     `digits` are the significant bits that a value has at most, where they are fewer than the bound's. `int8` are the
     values as a kernel wrote them, where one did: `values`, which derivatives pass, is then only their conversion.
+    A weight's `values` may be `Slabs`, for `product` only.
     """
 
     values: jax.Array
@@ -74,8 +77,11 @@ class Integers:
 
     @property
     def centered(self) -> jax.Array:
+        return self.around(self.values)
+
+    def around(self, values: jax.Array) -> jax.Array:
         """`values + center`, which may be beyond the integers' own 8 bits: in float32."""
-        return self.values if self.center is None else self.values.astype(jnp.float32) + self.center
+        return values if self.center is None else values.astype(jnp.float32) + self.center
 
 
 def element_scale(w: Integers, fmt: Int | Float, columns: int) -> jax.Array:
@@ -105,6 +111,17 @@ def weight_integers(leaf: QTensor | Packed) -> Integers:
         return Integers(lax.bitcast_convert_type(leaf.codes, MACHINE_FLOATS[fmt]), grid.factor)
     finest = _finest(fmt, grid.mantissa, leaf.ndim)
     return Integers(_whole(leaf), grid.factor * power_of_two(finest), bound=bound)
+
+
+def decoded(leaf: QTensor | Packed) -> Integers:
+    """A weight's numbers as they are, in place of `weight_integers`: what those in groups are multiplied as."""
+    return Integers(replace(leaf, exponents=None).dequantize())
+
+
+def in_slabs(leaf: Packed, size: int, read: Callable[[Packed], Integers]) -> Integers:
+    """What `read` makes of a weight of `Slabs.leaf`'s form, its values in slabs of so many channels."""
+    slabs = Slabs(leaf, size, read)
+    return replace(read(slabs.slab(0, size)), values=slabs)
 
 
 def _whole(leaf: QTensor) -> jax.Array:
@@ -171,7 +188,7 @@ def product(
 
     Args:
       x: values [M, K], scale and center [M, 1] or [1, 1]. With `bound` None they are no integers, of any float dtype.
-      w: values [K, N] of int8 or float32, scale and center [1, N] or [1, 1].
+      w: values [K, N] of int8 or float32, perhaps in slabs, scale and center [1, N] or [1, 1].
       sums: of w's values over k, int32 [1, N]; None where they are not known beforehand.
       precision: as for `lax.dot_general`; of use for activations that are no integers.
       k_axis: 1 where w's values come as [N, K]: on CPU an 8-bit product with a transpose is some ten times slower.
@@ -196,10 +213,12 @@ def _doubled() -> bool:
 def _int8_product(x: Integers, w: Integers, sums: jax.Array | None, k_axis: int) -> jax.Array:
     """XW is exact; centers come after, in float32: (X + a)(W + b) = XW + a (sum(W) + K b) + b sum(X)."""
     assert x.bound is not None and w.bound is not None
+    if isinstance(w.values, Slabs) and w.values.leaf.planes[0].dtype == jnp.int8:  # nothing to decode
+        w = replace(w, values=w.values.whole())
     y = _exact_dot(x.values, x.int8, w.values, k_axis)
     if x.center is not None:
         if sums is None:
-            sums = w.values.sum(k_axis, dtype=jnp.int32)[None]
+            sums = _summed(lambda _, values: values.sum(k_axis, dtype=jnp.int32)[None], x.values, w.values)
         total = sums.astype(jnp.float32)
         y = y + x.center * (total if w.center is None else total + x.values.shape[1] * w.center)
     if w.center is not None:
@@ -216,7 +235,8 @@ def _exact_dot(x: jax.Array, narrowed: jax.Array | None, w: jax.Array, k_axis: i
         w, k_axis = lax.optimization_barrier(w.T), 1
 
     def in_int8(x: jax.Array, w: jax.Array) -> jax.Array:
-        return _dot(x, w, jnp.int32, k_axis=k_axis).astype(jnp.float32)
+        exact = partial(_dot, accumulate=jnp.int32, k_axis=k_axis)
+        return _summed(exact, x, w).astype(jnp.float32)
 
     def padded(x: jax.Array, w: jax.Array) -> jax.Array:
         return in_int8(jnp.pad(x, ((0, ROWS_ON_CPU - rows), (0, 0))), w)[:rows]
@@ -228,22 +248,37 @@ def _exact_dot(x: jax.Array, narrowed: jax.Array | None, w: jax.Array, k_axis: i
 @_exact_dot.defjvp
 def _exact_dot_jvp(k_axis: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     x, narrowed, w = primals
-    return _exact_dot(x, narrowed, w, k_axis), _dot(tangents[0], w.astype(jnp.float32), k_axis=k_axis)
+
+    def in_float32(x: jax.Array, w: jax.Array) -> jax.Array:
+        return _dot(x, w.astype(jnp.float32), k_axis=k_axis)
+
+    return _exact_dot(x, narrowed, w, k_axis), _summed(in_float32, tangents[0], w)
 
 
 def _float_product(x: Integers, w: Integers, precision: Any) -> jax.Array:
     """In the activation's own dtype; of integers, in bfloat16, which holds them, or on CPU in float32."""
     if x.bound is None:
         dtype = jnp.float32 if x.values.dtype == jnp.float16 else x.values.dtype  # float16 does not hold all of them
-        weights = w.centered.astype(dtype)
-        if on_gpu() and x.values.shape[0] >= ROWS_FOR_LIBRARIES:
-            weights = lax.optimization_barrier(weights)
-        return _dot(x.centered.astype(dtype), weights, precision=precision)
+
+        def in_its_dtype(x: jax.Array, values: jax.Array) -> jax.Array:
+            weights = w.around(values).astype(dtype)
+            if on_gpu() and x.shape[0] >= ROWS_FOR_LIBRARIES:
+                weights = lax.optimization_barrier(weights)
+            return _dot(x, weights, precision=precision)
+
+        return _summed(in_its_dtype, x.centered.astype(dtype), w.values)
 
     def multiply(dtype: Any) -> Any:
-        return lambda x, w: _dot(x.astype(dtype), w.astype(dtype))
+        def in_dtype(x: jax.Array, values: jax.Array) -> jax.Array:
+            return _dot(x.astype(dtype), w.around(values).astype(dtype))
 
-    return lax.platform_dependent(x.centered, w.centered, cpu=multiply(jnp.float32), default=multiply(jnp.bfloat16))
+        return partial(_summed, in_dtype)
+
+    return lax.platform_dependent(x.centered, w.values, cpu=multiply(jnp.float32), default=multiply(jnp.bfloat16))
+
+
+def _summed(dot: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, values: jax.Array | Slabs) -> jax.Array:
+    return values.multiplied(x, dot) if isinstance(values, Slabs) else dot(x, values)
 
 
 def _dot(
