@@ -1,9 +1,9 @@
 """Weights that are decoded a slab at a time, a run of the channels that a product sums over: what CPUs multiply.
 
 XLA decodes a whole weight to memory before it multiplies it, and on CPU it starts with all weights of a program, so
-that a packed model would take the memory of one in float32 at every call, and a token the time to fill it. A loop's slab
-stays in the caches, and the loop begins when its activation is there: one token with weights of 4 bits takes 0.3 of the
-time (`experiments/bench_packed.py`).
+that a packed model would take the memory of one in float32 at every call, and a token the time to fill it. A loop's
+slab stays in the caches, and the loop begins when its activation is there: one token with weights of 4 bits takes 0.3
+of the time (`experiments/bench_packed.py`).
 """
 
 from __future__ import annotations
