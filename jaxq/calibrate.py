@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,7 +16,7 @@ import numpy as np
 from jaxq.ahead import Ahead
 from jaxq.program.tokens import Labels, label
 from jaxq.program.trace import Program, named_leaves, replace_leaves, trace_to_edit
-from jaxq.qtensor import Quantized
+from jaxq.qtensor import QTensor, Quantized
 from jaxq.resume import of_calibration, resumed
 from jaxq.steps.compose import matches
 from jaxq.steps.group import Group, Step
@@ -86,6 +87,9 @@ def calibrate(
         place = Place(walk, program.layout, envs, labels, Leaves(leaves, dict(leaves)), Found(), every)
         walk_groups(place, bodies, outputs=())
     changed = {p: x for p, x in place.leaves.current.items() if x is not leaves[p]}
+    tables = {path for layout in program.layout.all() for group in layout.groups for path in group.tables}
+    for path in tables & {p for p, x in changed.items() if isinstance(x, QTensor)}:
+        changed[path] = replace(changed[path], looked_up=True)
     return Quantized(replace_leaves(params, changed), place.found.inputs, place.found.transforms)
 
 

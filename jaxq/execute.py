@@ -89,7 +89,7 @@ def execute(forward: Callable, products: Products = "int8") -> Callable:
         packed = {} if products == "decoded" else packed
         plan = make_plan(program.layout, quantized.inputs, packed, products)
         _check_left_out(program.layout, quantized.inputs)
-        held = Held(quantized.inputs, {key: packed[key[0]] for key in _keys(plan) if key[0] in packed})
+        held = Held(quantized.inputs, {key: packed[key[0]] for key in _keys(plan) if _has(packed, key)})
         outs = interpret(program.closed, leaves, plan, held)
         return jax.tree.unflatten(program.out_tree, outs)
 
@@ -145,7 +145,13 @@ def _for_site(group: GroupPlan, member: Any, name: str) -> GroupPlan:
 
 def _is_packed(site: Site, layout: Layout, packed: dict[str, Packed]) -> bool:
     """Whether a site's weight can be handed to it: sliced by all the scans around it, or by none."""
-    return _key(site)[0] in packed and site.ref is not None and site.ref.depth in (0, layout.depth)
+    return _has(packed, _key(site)) and site.ref is not None and site.ref.depth in (0, layout.depth)
+
+
+def _has(packed: dict[str, Packed], key: Key) -> bool:
+    """Whether there is such a leaf, to be sliced by scans or not: its first axis must not be among its columns."""
+    path, sliced = key
+    return path in packed and (packed[path].lead > 0 or not sliced)
 
 
 def _keys(plan: Plan) -> set[Key]:

@@ -159,10 +159,12 @@ def _packed(leaf: QTensor, start: int, stop: int, sums: bool, reach: int, split:
     shape, bits = leaf.shape, leaf.format.bits
     rows, columns = shape[start:stop], shape[stop:]
     codes = jax.lax.bitcast_convert_type(leaf.codes, jnp.uint8) & jnp.uint8(2**bits - 1)
-    planes = pack_codes(codes.reshape(*shape[:start], prod(rows), prod(columns)), bits)
+    codes = codes.reshape(*shape[:start], prod(rows), prod(columns))
+    rows_last = start > 0 and not columns and not leaf.looked_up
+    planes = pack_codes(codes[..., 0].swapaxes(-1, -2) if rows_last else codes, bits)
     if isinstance(leaf.format, Int) and bits == 8:
         planes = (eight_bit_integers(planes[0], leaf.format),)
-    if not columns:
+    if not columns and not rows_last:
         planes = tuple(plane[..., 0] for plane in planes)
     total = None
     if sums:
@@ -171,8 +173,20 @@ def _packed(leaf: QTensor, start: int, stop: int, sums: bool, reach: int, split:
             weight_integers(leaf).values.reshape(*shape[:start], groups, -1, *columns).sum(start + 1, dtype=jnp.int32)
         )
         total = total.reshape(*shape[:start], groups, *(1 for _ in rows[1:]), *columns)
-    stored = leaf.grid.to_bytes()
-    return Packed(planes, stored, leaf.format, rows, columns, leaf.dtype, leaf.exponents, total, reach, split)
+    return Packed(
+        planes,
+        leaf.grid.to_bytes(),
+        leaf.format,
+        rows,
+        shape[start - 1 : start] if rows_last else columns,
+        leaf.dtype,
+        leaf.exponents,
+        total,
+        reach,
+        split,
+        rows_last,
+        leaf.looked_up,
+    )
 
 
 def _rows(leaf: QTensor) -> tuple[int, int]:
@@ -192,4 +206,4 @@ def _rows(leaf: QTensor) -> tuple[int, int]:
     start = stop - 1
     while start - 1 in shared:
         start -= 1
-    return (start, stop) if stop < len(shape) or stop - start == 1 else (len(shape) - 2, len(shape) - 1)
+    return (start, stop) if stop - start < len(shape) else (len(shape) - 2, len(shape) - 1)

@@ -46,7 +46,7 @@ def multiplies(eqn: Any, site: Site, x: jax.Array, leaf: Packed, quant: InputQua
     fits = all(a.ndim == leaf.ndim for a in grids)
     if fits and any(a.shape[i] > 1 for a in grids for i in site.leaf_axes):
         somewhere = _device(products, x, leaf.planes[0]) is not None or _by_parts(products, x, leaf.planes[0])
-        fits = site.leaf_axes == (0,) and somewhere
+        fits = site.leaf_axes == ((leaf.ndim - 1,) if leaf.rows_last else (0,)) and somewhere
     if leaf.exponents is not None:
         fits &= all(n == 1 for i, n in enumerate(leaf.exponents.shape) if i not in site.leaf_axes)
     if quant is None or quant.format is None:
@@ -82,22 +82,20 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
     rows, views = _each(x, partial(_rows, ops)), site.ref.views if site.ref else ()
     matrix = partial(_columns, ops, views)
     groups = max(a.shape[i] for a in jax.tree.leaves(leaf.stored) for i in site.leaf_axes)
+    sums = _sums(site, leaf, groups, matrix)
     if leaf.exponents is not None:
         rows = shifted(rows, matrix(leaf.exponents).T, leaf.reach)
-    in_place = all(isinstance(view, Convert) for view in views) and leaf.columns and leaf.planes[0].ndim == 2
-    in_place = in_place and ops.w_axes == tuple(range(len(leaf.rows)))
     k_axis = int(max(set(range(leaf.ndim)) - {*site.leaf_axes}, default=-1) < min(site.leaf_axes))
+    by_columns = site.leaf_axes == (1,) and leaf.ndim == 2 and not any(isinstance(view, Reshape) for view in views)
+    in_place = by_columns if leaf.rows_last else _in_place(ops, views, leaf)
+    if in_place:
+        leaf, matrix, views, k_axis = _as_matrix(leaf, matrix), _same, (), 0
     by_parts = _by_parts(products, rows.values, leaf.planes[0])
-    slab = slab_size(prod(leaf.local_rows), leaf.planes[0].shape[1], groups) if by_parts and in_place else None
-
-    def as_matrix(leaf: Packed) -> Packed:
-        k, n = prod(leaf.local_rows), leaf.planes[0].shape[1]
-        stored = jax.tree.map(matrix, leaf.stored)
-        return replace(leaf, stored=stored, rows=(k,), columns=(n,), exponents=None, sums=None)
+    slab = slab_size(leaf.rows[0], leaf.columns[0], groups) if by_parts and in_place else None
 
     def plain(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         if slab:
-            return product(x, in_slabs(as_matrix(leaf), slab, weight_integers), sums, products, precision)
+            return product(x, in_slabs(leaf, slab, weight_integers), sums, products, precision)
         integers = weight_integers(leaf)
         w = _each(integers, matrix)
         if k_axis:  # as it is stored, from end to end, so that the program's own transpose is undone
@@ -106,24 +104,39 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
         return product(x, w, sums, products, precision, k_axis)
 
     def in_groups(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
-        leaf = as_matrix(leaf)
         a = x.centered if x.scale is None else x.centered * x.scale
         w = in_slabs(leaf, slab, decoded) if slab else decoded(leaf)
         return product(Integers(a), w, None, products, precision)
 
-    sums = _sums(site, leaf, groups, matrix)
     seen = eqn.invars[ops.w].aval.dtype
-    chosen = _kernel(rows, leaf, groups, sums, products, matrix, seen, dtype) if in_place else None
+    chosen = _kernel(rows, leaf, groups, sums, products, seen, dtype) if in_place else None
     if chosen is None and groups > 1 and not slab:
         return None
 
     def meaning(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         return (plain if groups == 1 else in_groups)(x, leaf, sums).astype(dtype)
 
-    if by_parts and k_axis and leaf.ndim == 2 and not any(isinstance(view, Reshape) for view in views):
+    if by_parts and by_columns and k_axis:
         return _result(eqn, ops, in_bands(partial(meaning, rows), leaf, sums))
     multiplied = meaning if chosen is None else _either(*chosen, meaning)
     return _result(eqn, ops, multiplied(rows, leaf, sums))
+
+
+def _in_place(ops: Operands, views: tuple[View, ...], leaf: Packed) -> bool:
+    """Whether the product sums over the weight's first axes, as its planes are."""
+    seen = all(isinstance(view, Convert) for view in views) and ops.w_axes == tuple(range(len(leaf.rows)))
+    return seen and bool(leaf.columns) and leaf.planes[0].ndim == 2
+
+
+def _as_matrix(leaf: Packed, matrix: Callable[[jax.Array], jax.Array]) -> Packed:
+    """A weight with planes [bytes, columns] as one of two axes, [K, columns]."""
+    k, n = prod(leaf.local_rows), leaf.planes[0].shape[1]
+    stored, kept = jax.tree.map(matrix, leaf.stored), {"rows": (k,), "columns": (n,), "rows_last": False}
+    return replace(leaf, stored=stored, exponents=None, sums=None, **kept)
+
+
+def _same(a: jax.Array) -> jax.Array:
+    return a
 
 
 def multiply_integers(eqn: Any, ops: Operands, views: tuple[View, ...], x: Integers, w: Integers) -> jax.Array:
@@ -161,24 +174,21 @@ def _kernel(
     groups: int,
     sums: jax.Array | None,
     products: Products,
-    matrix: Callable[[jax.Array], jax.Array],
     seen: Any,
     dtype: Any,
 ) -> tuple[str, Product] | None:
-    """The platform and the kernel of a product, of `dtype`, with a weight that the program has in `seen`, on the device
-    that it is traced for, if that has one."""
+    """The platform and the kernel of a product, of `dtype`, with a weight [K, columns] that the program has in `seen`,
+    on the device that it is traced for, if that has one."""
     fmt, (codes, *_) = leaf.split, leaf.planes
     kind = _device(products, x.values, codes)
 
     def by_tpu(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         assert isinstance(fmt, Int | Float) and kind is not None
-        weights = _each(weight_integers(leaf), matrix)
-        return tpu.packed_product(x, leaf.planes[0], weights, fmt, sums, kind, seen=seen, dtype=dtype)
+        return tpu.packed_product(x, leaf.planes[0], weight_integers(leaf), fmt, sums, kind, seen=seen, dtype=dtype)
 
     def by_gpu(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         assert isinstance(fmt, Int | Float)
-        stored = jax.tree.map(matrix, leaf.stored)
-        return gpu.packed_product(x, leaf.planes[0], stored, fmt, sums, seen=seen, dtype=dtype)
+        return gpu.packed_product(x, leaf.planes[0], leaf.stored, fmt, sums, seen=seen, dtype=dtype)
 
     if kind in tpu.E4M3:
         return ("tpu", by_tpu) if tpu.has_kernel(x, fmt, kind, groups, seen) else None

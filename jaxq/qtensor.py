@@ -148,7 +148,8 @@ class QTensor:
     """A quantized weight: the array `decode(codes) * 2**exponents` of `dtype`, of the shape of `codes`.
 
     `exponents` (int8, one for each input channel, broadcastable against `codes`) is None where there is nothing to
-    multiply with. With stacked layers every array has the same layer axis.
+    multiply with. With stacked layers every array has the same layer axis. `looked_up`: whether the program picks rows
+    of it, so that `pack` must keep these together.
     """
 
     codes: jax.Array
@@ -156,6 +157,7 @@ class QTensor:
     format: Format = static()
     dtype: Any = static(default=jnp.float32)
     exponents: jax.Array | None = None
+    looked_up: bool = static(default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -179,7 +181,8 @@ class Packed:
     """A `QTensor` whose codes lie in memory as `jaxq.kernels.layout` says: what `jaxq.pack` makes of it.
 
     The codes of a [*lead, *rows, *columns] weight are planes of uint8 [*lead, bytes, columns], packed along `rows`, the
-    axes that an output channel sums over; a table of [*lead, row], whose rows are looked up, has planes [*lead, bytes].
+    axes that an output channel sums over, and so are those of one stored as [*lead, *columns, *rows] (`rows_last`); a
+    table of [*lead, row], whose rows are looked up, has planes [*lead, bytes].
     Integers of 8 bits are there as products read them: int8, an asymmetric one's code less 128. `stored` is the grid as
     `Grid.to_bytes` has it. Everything else is the QTensor's. `sums` (int32, of the leaf's rank) holds the sums of the
     integers over `rows`, or over each group there, by which zero points of activations are corrected; None where no
@@ -197,18 +200,25 @@ class Packed:
     sums: jax.Array | None = None
     reach: int = static(default=0)
     split: Int | Float | None = static(default=None)
+    rows_last: bool = static(default=False)
+    looked_up: bool = static(default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Under `shard_map` the shape of the shard, hence the first of the rows and of the columns are counted."""
         others = self.columns[1:]
         columns = (self.planes[0].shape[-1] // prod(others), *others) if self.columns else ()
-        lead = self.planes[0].shape[: self.planes[0].ndim - 1 - bool(self.columns)]
-        return (*lead, *self.local_rows, *columns)
+        lead = self.planes[0].shape[: self.lead]
+        return (*lead, *columns, *self.local_rows) if self.rows_last else (*lead, *self.local_rows, *columns)
 
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def lead(self) -> int:
+        """How many axes lie before the rows and the columns."""
+        return self.planes[0].ndim - 1 - bool(self.columns)
 
     @property
     def grid(self) -> Grid:
@@ -225,17 +235,22 @@ class Packed:
             return self.rows
         return (self.rows[0] // parts, *self.rows[1:])
 
+    def laid_out(self, a: jax.Array) -> jax.Array:
+        """An array [*lead, row, columns], as the planes are, in the leaf's shape."""
+        return (a.swapaxes(-1, -2) if self.rows_last else a).reshape(self.shape)
+
     def unpack(self) -> QTensor:
         """The QTensor that was packed, bit for bit."""
         planes = self.planes if self.columns else tuple(plane[..., None] for plane in self.planes)
         if isinstance(self.format, Int) and planes[0].dtype == jnp.int8:
             planes = (eight_bit_codes(planes[0], self.format),)
-        codes = unpack_codes(planes, self.format.bits, prod(self.local_rows)).reshape(self.shape)
+        codes = self.laid_out(unpack_codes(planes, self.format.bits, prod(self.local_rows)))
         if self.format.code_dtype == jnp.int8:  # two's complement: the sign bit moves to the top and back
             above = 8 - self.format.bits
             codes = jax.lax.bitcast_convert_type(codes << above if above else codes, jnp.int8)
             codes = codes >> above if above else codes
-        return QTensor(codes, self.grid, format=self.format, dtype=self.dtype, exponents=self.exponents)
+        kept = {"format": self.format, "dtype": self.dtype, "looked_up": self.looked_up}
+        return QTensor(codes, self.grid, exponents=self.exponents, **kept)
 
     def dequantize(self) -> jax.Array:
         """The array this leaf stands for."""

@@ -73,8 +73,10 @@ def _placed(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh | AbstractMesh
 
 def _of_planes(path: str, leaf: Packed, entries: list[Any], parts: list[int]) -> PartitionSpec:
     """Of planes [*lead, bytes, columns], whose bytes hold all of the axes `rows`, and whose columns are merged too."""
-    start, stop = leaf.ndim - len(leaf.rows) - len(leaf.columns), leaf.ndim - len(leaf.columns)
-    for first, last in ((start, stop), (stop, leaf.ndim)):
+    lead, merged = leaf.ndim - len(leaf.rows) - len(leaf.columns), len(leaf.columns if leaf.rows_last else leaf.rows)
+    runs = [(lead, lead + merged), (lead + merged, leaf.ndim)]
+    (start, _), (others, end) = reversed(runs) if leaf.rows_last else runs
+    for first, last in runs:
         if any(n > 1 for n in parts[first + 1 : last]):
             raise ValueError(f"{path}: axes {first} to {last - 1} are packed as one: only axis {first} can be sharded")
     count, bits = prod(leaf.rows), leaf.format.bits
@@ -83,7 +85,7 @@ def _of_planes(path: str, leaf: Packed, entries: list[Any], parts: list[int]) ->
             f"{path}: {count} codes of {bits} bits, packed along axis {start} in blocks of {BLOCK}, cannot be cut into "
             f"{parts[start]} parts of whole blocks; shard another axis of it, or none, or leave it unpacked"
         )
-    return PartitionSpec(*entries[: start + 1], *entries[stop : stop + 1])
+    return PartitionSpec(*entries[:lead], entries[start], *entries[others:end][:1])
 
 
 def _parts(path: str, entry: Any, mesh: Mesh | AbstractMesh) -> int:

@@ -18,11 +18,11 @@ import jax
 import numpy as np
 
 from jaxq.described import RECORDS, describe, kind, restore
+from jaxq.earlier_versions import RECORDS_1, RECORDS_2
 from jaxq.qtensor import Quantized
-from jaxq.version_1 import RECORDS_1
 
-VERSION = 2
-READ = {1: RECORDS_1, VERSION: RECORDS}
+VERSION = 3
+READ = {1: RECORDS_1, 2: RECORDS_2, VERSION: RECORDS}
 STRUCTURE, ARRAYS = "jaxq.json", "arrays"
 
 
@@ -64,7 +64,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Quantized, dict[str, Any]]:
-    """Reads what `save` wrote: the model, bit for bit, and `about`. What version 1 wrote becomes what `pack` makes now.
+    """Reads what `save` wrote: the model, bit for bit, and `about`; also what earlier versions wrote.
 
     Arrays come back as JAX arrays; a float64 or int64 one stays a NumPy array unless jax_enable_x64 is set. Raises
     FileNotFoundError for a missing directory or `jaxq.json`, and ValueError, naming the file and the culprit, for

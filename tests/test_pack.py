@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 import jaxq
 from jaxq import storage
@@ -274,6 +275,55 @@ def test_a_transposed_weight_and_several_readers():
         assert packed.params["table"].planes[0].shape == (50, 16 if fmt.bits == 8 else 8)
         got, want = (jax.jit(jaxq.execute(f))(tree, tokens) for tree in (packed, q))
         assert distance(got, want) < 1e-2 * distance(want, f(params, tokens)) + 1e-6
+
+
+BY_COLUMNS = [jaxq.Int(4), jaxq.Int(3, symmetric=False), jaxq.Int(8, symmetric=False), jaxq.AnyFloat(4), jaxq.mxfp4()]
+
+
+@pytest.mark.parametrize("fmt", BY_COLUMNS, ids=named)
+@pytest.mark.parametrize("activations", [None, jaxq.Int(8, symmetric=False), jaxq.Float(2, 1)], ids=named)
+def test_a_weight_stored_by_columns_is_packed_along_its_rows(fmt, activations):
+    def f(p, x):
+        return x @ p["w"].T, jnp.einsum("nk,bk->nb", p["w"], x), jnp.einsum("hdk,bk->bhd", p["heads"], x)
+
+    x, params = normal(0, 5, 64) + 0.3, {"w": weight(1, 6, 64) + 0.1, "heads": weight(2, 2, 3, 64)}
+    q = jaxq.calibrate(f, params, [x], jaxq.quantize(fmt, activations))
+    packed = jaxq.pack(q)
+    assert [plane.shape[1] for plane in packed.params["w"].planes] == [6] * len(packed.params["w"].planes)
+    assert same_tree(jaxq.unpack(packed), q) and packed.params["w"].shape == (6, 64)
+    for how in PRODUCTS:
+        for got, want in zip(jax.jit(jaxq.execute(f, how))(packed, x), jax.jit(jaxq.execute(f))(q, x)):
+            np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "kernel"), [("TPU v6 lite", "tpu", "pallas_call"), ("NVIDIA H200", "gpu", "mgpu")]
+)
+@pytest.mark.parametrize("fmt", [jaxq.Int(4), jaxq.mxfp4()], ids=named)
+def test_kernels_take_weights_stored_by_columns(kind, platform, kernel, fmt):
+    def f(p, x):
+        return x @ p["w"].T
+
+    x, w = normal(0, 4, 512).astype(jnp.bfloat16), weight(1, 256, 512).astype(jnp.bfloat16)
+    packed = jaxq.pack(jaxq.calibrate(f, {"w": w}, [x], jaxq.quantize(fmt, None)))
+    device = AbstractDevice(kind, None, platform)
+    with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=device)):
+        found = [kernel in str(jax.make_jaxpr(jaxq.execute(f, how))(packed, x)) for how in ("int8", "xla")]
+    assert found == [True, False]
+
+
+def test_layers_stored_by_columns_are_scanned():
+    def f(p, x):
+        def layer(x, w):
+            return jnp.tanh(x @ w["square"].T) * (x @ w["vector"])[:, None], None
+
+        return lax.scan(layer, x, p)[0]
+
+    x, params = normal(0, 5, 16), {"square": weight(1, 8, 16, 16), "vector": weight(2, 8, 16)}
+    packed = jaxq.pack(q := jaxq.calibrate(f, params, [x], jaxq.quantize(jaxq.Int(4), jaxq.Int(8))))
+    assert packed.params["square"].rows_last and packed.params["square"].lead == 1
+    for run in (jaxq.execute(f), jax.jit(jaxq.execute(f))):
+        np.testing.assert_allclose(run(packed, x), run(q, x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -84,7 +84,7 @@ def test_round_trip_is_bit_exact(tmp_path):
 def test_structure_is_readable(tmp_path):
     save(tmp_path / "model", model(), {"recipe": "os_plus-w8a8"})
     document = json.loads((tmp_path / "model" / "jaxq.json").read_text())
-    assert document["version"] == 2 and document["about"] == {"recipe": "os_plus-w8a8"}
+    assert document["version"] == 3 and document["about"] == {"recipe": "os_plus-w8a8"}
     kernel = document["tree"]["Quantized"]["params"]["dict"]["layers"]["dict by int"]["0"]["dict"]["q"]["dict"][
         "kernel"
     ]
@@ -201,8 +201,8 @@ W = ["tree", "Quantized", "params", "dict", "w"]
 @pytest.mark.parametrize(
     ("where", "value", "expected"),
     [
-        (["version"], 3, r"jaxq\.json: version 3, this jaxq reads versions 1, 2"),
-        (["version"], [1], r"jaxq\.json: version \[1\], this jaxq reads versions 1, 2"),
+        (["version"], 4, r"jaxq\.json: version 4, this jaxq reads versions 1, 2, 3"),
+        (["version"], [1], r"jaxq\.json: version \[1\], this jaxq reads versions 1, 2, 3"),
         (["tree"], None, "holds a NoneType where a Quantized was expected"),
         (["tree"], {"Quantised": {}}, "unknown type 'Quantised'; known are Quantized"),
         (["tree"], {"a": 1, "b": 2}, "do not make a model"),
@@ -230,7 +230,7 @@ def test_truncated_structure(tmp_path):
     file.write_text(file.read_text()[:-20])
     with pytest.raises(ValueError, match=r"jaxq\.json: not valid JSON"):
         load(tmp_path / "model")
-    file.write_text('{"version": 2}')
+    file.write_text('{"version": 3}')
     with pytest.raises(ValueError, match="'about' and 'tree' are expected"):
         load(tmp_path / "model")
 

@@ -101,7 +101,7 @@ def weight_integers(leaf: QTensor | Packed) -> Integers:
     if isinstance(fmt, Int):
         middle, zero = _middle(fmt), grid.zero
         if isinstance(leaf, Packed) and leaf.planes[0].dtype == jnp.int8:  # as they are: no pass over memory
-            values = leaf.planes[0].reshape(leaf.shape)
+            values = leaf.laid_out(leaf.planes[0])
         else:
             codes = leaf.unpack().codes if isinstance(leaf, Packed) else leaf.codes
             values = codes if middle == 0 else (codes.astype(jnp.int16) - middle).astype(jnp.int8)

@@ -34,6 +34,10 @@ def by_transpose(p, x):
     return x @ p["w"].T
 
 
+def tied(p, tokens):
+    return jnp.tanh(p["w"][tokens]) @ p["w"].T
+
+
 def check(forward, w, recipe, x=None, loops=True) -> None:
     """A compiled product of the packed weight has a loop, and is that of the simulated one."""
     x = normal(0, 3, 5, DEPTH) + 0.3 if x is None else x
@@ -90,9 +94,13 @@ def test_exponents_of_channels(small):
 
 @pytest.mark.parametrize("weights", [Int(4), Int(3, False), Float(2, 1), Int(8)], ids=named)
 @pytest.mark.parametrize("activations", [None, ASYMMETRIC], ids=named)
-def test_bands_of_a_weight_that_is_stored_by_columns(small, weights, activations):
-    x = normal(0, 3, 40)
-    check(by_transpose, weight(1, 130, 40), jaxq.quantize(weights, activations), x)
+def test_bands_of_a_table_that_is_looked_up_too(small, weights, activations):
+    check(tied, weight(1, 130, 40), jaxq.quantize(weights, activations), jnp.arange(12).reshape(2, 6))
+
+
+def test_a_weight_that_is_stored_by_columns(small):
+    check(by_transpose, weight(1, COLUMNS, DEPTH), jaxq.quantize(Int(4), ASYMMETRIC))
+    check(by_transpose, weight(1, COLUMNS, 640), jaxq.quantize(per_group(Int(4), 64), None), normal(0, 3, 640))
 
 
 def test_heads(small):
