@@ -23,8 +23,8 @@ from jaxq.kernels.plain import (
     Products,
     activation_integers,
     decoded,
-    in_slabs,
     product,
+    product_in_slabs,
     shifted,
     weight_integers,
 )
@@ -95,7 +95,7 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
 
     def plain(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         if slab:
-            return product(x, in_slabs(leaf, slab, weight_integers), sums, products, precision)
+            return product_in_slabs(x, leaf, sums, slab, weight_integers, products, precision)
         integers = weight_integers(leaf)
         w = _each(integers, matrix)
         if k_axis:  # as it is stored, from end to end, so that the program's own transpose is undone
@@ -105,8 +105,9 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
 
     def in_groups(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         a = x.centered if x.scale is None else x.centered * x.scale
-        w = in_slabs(leaf, slab, decoded) if slab else decoded(leaf)
-        return product(Integers(a), w, None, products, precision)
+        if slab:
+            return product_in_slabs(Integers(a), leaf, None, slab, decoded, products, precision)
+        return product(Integers(a), decoded(leaf), None, products, precision)
 
     seen = eqn.invars[ops.w].aval.dtype
     chosen = _kernel(rows, leaf, groups, sums, products, seen, dtype) if in_place else None

@@ -368,7 +368,7 @@ def test_debug_shows_the_traceback():
     "more",
     [
         pytest.param((), marks=pytest.mark.slow),
-        pytest.param(("--packed",), marks=pytest.mark.slow),
+        pytest.param(("--simulated",), marks=pytest.mark.slow),
         ("--cache", "int8", "--temperature", 0.5, "--seed", 3),
     ],
 )
@@ -379,7 +379,7 @@ def test_generate(opt, recipe, text, tmp_path, more):
         shown = run(*command, "--json", tmp_path / "r.json")
         found = json.loads((tmp_path / "r.json").read_text())
         assert "def add(" + found["text"] in shown and "decode" in shown
-        assert len(found["tokens"]) == 5 and found["packed"] == ("--packed" in more)
+        assert len(found["tokens"]) == 5 and found["packed"] == ("--simulated" not in more)
         assert found["prefill"] > 0 and found["decode"] > 0 and f"{found['prefill']:.4g}" in shown
         run(*command, "--json", tmp_path / "again.json")
         assert json.loads((tmp_path / "again.json").read_text())["tokens"] == found["tokens"]

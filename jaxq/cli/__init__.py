@@ -136,8 +136,8 @@ def generate(
         str, typer.Option(help="What keys and values are kept as: float32, bf16, int8 or fp8 (E4M3).")
     ] = "bf16",
     packed: Annotated[
-        bool, typer.Option("--packed", help="Multiply packed codes, where otherwise low precision is simulated.")
-    ] = False,
+        bool, typer.Option("--packed/--simulated", help="Multiply packed codes, or simulate low precision.")
+    ] = True,
     temperature: Annotated[
         float, typer.Option(min=0, help="0: the likeliest token; else drawn, from logits divided by this.")
     ] = 0.0,

@@ -118,12 +118,6 @@ def decoded(leaf: QTensor | Packed) -> Integers:
     return Integers(replace(leaf, exponents=None).dequantize())
 
 
-def in_slabs(leaf: Packed, size: int, read: Callable[[Packed], Integers]) -> Integers:
-    """What `read` makes of a weight of `Slabs.leaf`'s form, its values in slabs of so many channels."""
-    slabs = Slabs(leaf, size, read)
-    return replace(read(slabs.slab(0, size)), values=slabs)
-
-
 def _whole(leaf: QTensor) -> jax.Array:
     """A float weight's elements in units of the smallest: int8 where they fit, else float32."""
     fmt, codes = leaf.format, leaf.codes
@@ -202,6 +196,24 @@ def product(
     for scale in (x.scale, w.scale):
         y = y if scale is None else y * scale
     return y
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def product_in_slabs(
+    x: Integers,
+    leaf: Packed,
+    sums: jax.Array | None,
+    size: int,
+    read: Callable[[Packed], Integers],
+    products: Products,
+    precision: Any,
+) -> jax.Array:
+    """`product` with what `read` makes of a weight of `Slabs.leaf`'s form, in slabs of so many channels.
+
+    Jitted, so that a program traces and lowers it once for all its weights of one shape.
+    """
+    slabs = Slabs(leaf, size, read)
+    return product(x, replace(read(slabs.slab(0, size)), values=slabs), sums, products, precision)
 
 
 def _doubled() -> bool:
