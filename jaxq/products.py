@@ -46,7 +46,7 @@ def multiplies(eqn: Any, site: Site, x: jax.Array, leaf: Packed, quant: InputQua
     fits = all(a.ndim == leaf.ndim for a in grids)
     if fits and any(a.shape[i] > 1 for a in grids for i in site.leaf_axes):
         somewhere = _device(products, x, leaf.planes[0]) is not None or _by_parts(products, x, leaf.planes[0])
-        fits = site.leaf_axes == ((leaf.ndim - 1,) if leaf.rows_last else (0,)) and somewhere
+        fits = site.leaf_axes == leaf.row_axes and len(leaf.rows) == 1 and somewhere
     if leaf.exponents is not None:
         fits &= all(n == 1 for i, n in enumerate(leaf.exponents.shape) if i not in site.leaf_axes)
     if quant is None or quant.format is None:
@@ -107,17 +107,18 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
         a = x.centered if x.scale is None else x.centered * x.scale
         if slab:
             return product_in_slabs(Integers(a), leaf, None, slab, decoded, products, precision)
-        return product(Integers(a), decoded(leaf), None, products, precision)
+        return product(Integers(a), decoded(leaf), None, products, precision, k_axis)
 
     seen = eqn.invars[ops.w].aval.dtype
     chosen = _kernel(rows, leaf, groups, sums, products, seen, dtype) if in_place else None
-    if chosen is None and groups > 1 and not slab:
+    in_parts = slab or (by_parts and by_columns and not leaf.columns)
+    if chosen is None and groups > 1 and not in_parts:
         return None
 
     def meaning(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         return (plain if groups == 1 else in_groups)(x, leaf, sums).astype(dtype)
 
-    if by_parts and by_columns and k_axis:
+    if in_parts and not slab:
         return _result(eqn, ops, in_bands(partial(meaning, rows), leaf, sums))
     multiplied = meaning if chosen is None else _either(*chosen, meaning)
     return _result(eqn, ops, multiplied(rows, leaf, sums))
@@ -148,8 +149,8 @@ def multiply_integers(eqn: Any, ops: Operands, views: tuple[View, ...], x: Integ
 
 def _sums(site: Site, leaf: Packed, groups: int, matrix: Callable[[jax.Array], jax.Array]) -> jax.Array | None:
     """The sums of a weight's integers over each group, [groups, columns], where they are known beforehand: a shard's
-    are not the whole weight's."""
-    if leaf.sums is None or (groups == 1 and leaf.local_rows != leaf.rows):
+    are not the whole weight's, and those of the leaf's rows are not those of other axes."""
+    if leaf.sums is None or (groups == 1 and leaf.local_rows != leaf.rows) or leaf.row_axes != site.leaf_axes:
         return None
     return matrix(leaf.sums) if prod(leaf.sums.shape[i] for i in site.leaf_axes) == groups else None
 
@@ -159,9 +160,11 @@ F = TypeVar("F", bound=Callable)
 
 
 def _by_parts(products: Products, *operands: jax.Array) -> bool:
-    """Whether a weight is decoded part by part, as it is multiplied: on CPU, in a compiled program."""
+    """Whether a weight is decoded part by part, as it is multiplied: on CPU, in a compiled program, unless XLA may have
+    to cut it for several devices: it would collect all parts on each."""
+    alone = jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
     traced = any(isinstance(a, Tracer) for a in operands)
-    return products != "xla" and traced and device_kind(*operands) == "cpu"
+    return products != "xla" and traced and alone and device_kind(*operands) == "cpu"
 
 
 def _device(products: Products, *operands: jax.Array) -> str | None:

@@ -221,6 +221,12 @@ class Packed:
         return self.planes[0].ndim - 1 - bool(self.columns)
 
     @property
+    def row_axes(self) -> tuple[int, ...]:
+        """Where `rows` lie among the axes."""
+        start = self.ndim - len(self.rows) if self.rows_last else self.lead
+        return tuple(range(start, start + len(self.rows)))
+
+    @property
     def grid(self) -> Grid:
         """The QTensor's grid, made of its bytes at every call."""
         return self.stored.from_bytes()

@@ -277,6 +277,40 @@ def test_a_transposed_weight_and_several_readers():
         assert distance(got, want) < 1e-2 * distance(want, f(params, tokens)) + 1e-6
 
 
+def test_sums_are_those_of_the_axes_that_a_product_sums_over():
+    """And not of those that the weight is packed along, which a grid does not always tell."""
+    asymmetric = jaxq.quantize(jaxq.per_tensor(jaxq.Int(8)), jaxq.per_tensor(jaxq.Int(8, symmetric=False)))
+
+    def check(f, *operands):
+        *inputs, w = (a + 1 for a in operands)
+        q = jaxq.calibrate(f, {"w": w}, [tuple(inputs)], asymmetric)
+        for how in PRODUCTS:
+            found = (jax.jit(jaxq.execute(f, how))(tree, *inputs) for tree in (jaxq.pack(q), q))
+            for got, want in zip(*map(jax.tree.leaves, found), strict=True):
+                np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+    def both(p, x, z):
+        return jnp.einsum("bkc,kcn->bn", x, p["w"]), jnp.einsum("bc,kcn->bkn", z, p["w"])
+
+    check(lambda p, x: x @ p["w"].T, normal(0, 5, 1), normal(1, 7, 1))
+    check(lambda p, x: x @ p["w"], normal(0, 5, 1), normal(1, 1, 7))
+    check(lambda p, x: jnp.einsum("bk,knd->bnd", x, p["w"]), normal(0, 5, 1), normal(1, 1, 7, 6))
+    for columns in (1, 32):
+        check(both, normal(0, 5, 4, 8), normal(1, 5, 8), normal(2, 4, 8, columns))
+
+
+def test_exported_for_any_number_of_rows():
+    x, w = normal(0, 3, 64), weight(1, 64, 6)
+    packed = jaxq.pack(
+        jaxq.calibrate(no_table, {"w": w}, [x], jaxq.quantize(jaxq.Int(4), jaxq.Int(8, symmetric=False)))
+    )
+    run = jax.jit(jaxq.execute(no_table))
+    any_rows = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 64"), jnp.float32)
+    exported = jax.export.export(run)(packed, any_rows)
+    for rows in (1, 3):
+        np.testing.assert_allclose(exported.call(packed, x[:rows]), run(packed, x[:rows]), rtol=1e-5, atol=1e-6)
+
+
 BY_COLUMNS = [jaxq.Int(4), jaxq.Int(3, symmetric=False), jaxq.Int(8, symmetric=False), jaxq.AnyFloat(4), jaxq.mxfp4()]
 
 

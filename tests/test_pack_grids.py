@@ -58,6 +58,22 @@ def test_bytes_hold_the_grids_of_all_weights(quantizer, w, exponents):
 
 
 @pytest.mark.parametrize("quantizer", [*BLOCKS, *ASYMMETRIC], ids=named)
+def test_with_x64_enabled(quantizer):
+    """The same bytes and the same numbers, packed, unpacked and multiplied."""
+    x, w = normal(0, 2, 64), weight(1, 64, 8)
+
+    def found() -> list[bytes]:
+        q = jaxq.calibrate(no_table, {"w": jnp.asarray(w)}, [x], jaxq.quantize(quantizer, None))
+        packed = jaxq.pack(q)
+        assert same_tree(jaxq.unpack(packed), q)
+        return bits_of((packed, jax.jit(jaxq.execute(no_table))(packed, x), packed.params["w"].grid))
+
+    with jax.enable_x64(True):
+        wide = found()
+    assert wide == found()
+
+
+@pytest.mark.parametrize("quantizer", [*BLOCKS, *ASYMMETRIC], ids=named)
 def test_what_is_a_byte_follows_from_the_description(quantizer):
     """Whatever the values, traced or not; and the shapes are the float32 grid's."""
     block, shape = isinstance(quantizer.format, jaxq.Float), (64, 8)

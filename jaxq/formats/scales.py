@@ -41,7 +41,7 @@ def to_bytes(scales: Scales, scale: jax.Array) -> jax.Array:
     if scales == "real":
         return scale
     if scales == "e4m3":
-        return floating.encode(E4M3, scale, jnp.ones((1,) * scale.ndim), None)
+        return floating.encode(E4M3, scale, jnp.ones((1,) * scale.ndim, jnp.float32), None)
     return jnp.right_shift(jax.lax.bitcast_convert_type(scale, jnp.int32), 23).astype(jnp.uint8)
 
 
@@ -51,9 +51,10 @@ def from_bytes(scales: Scales, stored: jax.Array) -> jax.Array:
         return stored
     bits = stored.astype(jnp.int32)
     if scales == "power_of_two":
-        quiet = jnp.where((bits == 0) | (bits == 255), 1 << 22, 0)  # 2**-127 is subnormal; NaN in place of infinity
+        special = (bits == 0) | (bits == 255)  # 2**-127 is subnormal; NaN in place of infinity
+        quiet = jnp.where(special, jnp.int32(1 << 22), jnp.int32(0))
         return jax.lax.bitcast_convert_type(jnp.left_shift(bits, 23) | quiet, jnp.float32)
     tiny = bits < 8  # E4M3's subnormal numbers: as (1 + k/8) * 2**-6, and 2**-6 taken off
-    raised = jnp.left_shift(bits, 20) + jnp.where(tiny, 121 << 23, 120 << 23)
+    raised = jnp.left_shift(bits, 20) + jnp.where(tiny, jnp.int32(121 << 23), jnp.int32(120 << 23))
     number = jax.lax.bitcast_convert_type(raised, jnp.float32) - jnp.where(tiny, jnp.float32(2**-6), jnp.float32(0))
-    return jnp.where(bits < 127, number, jnp.nan)
+    return jnp.where(bits < 127, number, jnp.float32(jnp.nan))

@@ -38,7 +38,6 @@ from jaxq.qtensor import Granularity, Grid, Packed, QTensor, pytree, static
 
 Products = Literal["int8", "xla", "float", "decoded"]
 
-ROWS_ON_CPU = 2
 # From so many on GPUs' libraries are given what they multiply: 8-bit weights transposed, others as bfloat16. XLA's own
 # products, which take weights as they are, took 1.4 to 2.1 times bfloat16's time for 2048 rows (H100, JAX 0.11.2); this
 # number is an estimate from that and from what the passes over the weights should take.
@@ -251,10 +250,10 @@ def _exact_dot(x: jax.Array, narrowed: jax.Array | None, w: jax.Array, k_axis: i
         return _summed(exact, x, w).astype(jnp.float32)
 
     def padded(x: jax.Array, w: jax.Array) -> jax.Array:
-        return in_int8(jnp.pad(x, ((0, ROWS_ON_CPU - rows), (0, 0))), w)[:rows]
+        return in_int8(jnp.pad(x, ((0, 1), (0, 0))), w)[:1]
 
     x = narrow(x, jnp.int8) if narrowed is None else narrowed
-    return in_int8(x, w) if rows >= ROWS_ON_CPU else lax.platform_dependent(x, w, cpu=padded, default=in_int8)
+    return lax.platform_dependent(x, w, cpu=padded, default=in_int8) if rows == 1 else in_int8(x, w)
 
 
 @_exact_dot.defjvp

@@ -98,6 +98,20 @@ def test_bands_of_a_table_that_is_looked_up_too(small, weights, activations):
     check(tied, weight(1, 130, 40), jaxq.quantize(weights, activations), jnp.arange(12).reshape(2, 6))
 
 
+@pytest.mark.parametrize("weights", [per_group(Int(4, False), 128), jaxq.mxfp4()], ids=named)
+def test_bands_of_a_table_in_groups(small, weights):
+    check(tied, weight(1, 130, 256), jaxq.quantize(weights, None), jnp.arange(12).reshape(2, 6))
+    check(tied, weight(1, 130, 256), jaxq.quantize(weights, ASYMMETRIC), jnp.arange(12).reshape(2, 6))
+
+
+def test_one_grid_for_a_weight_that_is_stored_by_columns(small):
+    """Packed along its columns, for all that its grid tells: decoded whole."""
+    weights = jaxq.per_tensor(Int(4))
+    check(by_transpose, weight(1, 300, 40), jaxq.quantize(weights, None), normal(0, 3, 40), loops=False)
+    recipe, tokens = jaxq.quantize(weights, None, embeddings=weights), jnp.arange(12).reshape(2, 6)
+    check(tied, weight(1, 300, 40), recipe, tokens, loops=False)
+
+
 def test_a_weight_that_is_stored_by_columns(small):
     check(by_transpose, weight(1, COLUMNS, DEPTH), jaxq.quantize(Int(4), ASYMMETRIC))
     check(by_transpose, weight(1, COLUMNS, 640), jaxq.quantize(per_group(Int(4), 64), None), normal(0, 3, 640))
