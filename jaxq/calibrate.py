@@ -87,8 +87,7 @@ def calibrate(
         place = Place(walk, program.layout, envs, labels, Leaves(leaves, dict(leaves)), Found(), every)
         walk_groups(place, bodies, outputs=())
     changed = {p: x for p, x in place.leaves.current.items() if x is not leaves[p]}
-    tables = {path for layout in program.layout.all() for group in layout.groups for path in group.tables}
-    for path in tables & {p for p, x in changed.items() if isinstance(x, QTensor)}:
+    for path in _only_looked_up(program) & {p for p, x in changed.items() if isinstance(x, QTensor)}:
         changed[path] = replace(changed[path], looked_up=True)
     return Quantized(replace_leaves(params, changed), place.found.inputs, place.found.transforms)
 
@@ -146,6 +145,15 @@ def _check_patterns(program: Program, recipe: Step) -> None:
         if not any(matches(name, pattern) for name in names):
             near = get_close_matches(pattern, sorted(names), n=3, cutoff=0.3) or sorted(names)[:3]
             raise ValueError(f"the rule {pattern!r} matches no site; near it are {', '.join(near)}")
+
+
+def _only_looked_up(program: Program) -> set[str]:
+    """The parameters that nothing is done with but to pick rows."""
+    looked_up, others = set(), set()
+    for group in (group for layout in program.layout.all() for group in layout.groups):
+        paths = {member.site.ref.path for member in group.members if member.site.ref is not None}
+        (looked_up if group.kind == "lookup" else others).update(paths)
+    return looked_up - others
 
 
 def _input_labels(program: Program, env: dict[int, Any], masks: Sequence[Any] | None) -> list[Labels]:

@@ -17,7 +17,7 @@ from jaxq.contraction import transform
 from jaxq.devices import device_kind
 from jaxq.formats import Float, Int
 from jaxq.formats.integer import narrow
-from jaxq.kernels import gpu, tpu
+from jaxq.kernels import gpu, slabs, tpu
 from jaxq.kernels.plain import (
     Integers,
     Products,
@@ -36,7 +36,7 @@ from jaxq.qtensor import InputQuant, Packed, PerGroup
 
 def multiplies(eqn: Any, site: Site, x: jax.Array, leaf: Packed, quant: InputQuant | None, products: Products) -> bool:
     """Whether `multiply` may do a site's product: a matrix product with one scale for each row and column of integers,
-    or in groups of the rows where the device has kernels or decodes them part by part.
+    or in groups of the rows where the device has kernels or decodes them slab by slab.
 
     Others take the decoded weight, and so does one that is told how its result is to be sharded: that is said of its
     own axes."""
@@ -45,7 +45,7 @@ def multiplies(eqn: Any, site: Site, x: jax.Array, leaf: Packed, quant: InputQua
     grids = jax.tree.leaves(leaf.stored)
     fits = all(a.ndim == leaf.ndim for a in grids)
     if fits and any(a.shape[i] > 1 for a in grids for i in site.leaf_axes):
-        somewhere = _device(products, x, leaf.planes[0]) is not None or _by_parts(products, x, leaf.planes[0])
+        somewhere = _device(products, x, leaf.planes[0]) is not None or _by_slabs(products, x, leaf.planes[0])
         fits = site.leaf_axes == leaf.row_axes and len(leaf.rows) == 1 and somewhere
     if leaf.exponents is not None:
         fits &= all(n == 1 for i, n in enumerate(leaf.exponents.shape) if i not in site.leaf_axes)
@@ -86,12 +86,12 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
     if leaf.exponents is not None:
         rows = shifted(rows, matrix(leaf.exponents).T, leaf.reach)
     k_axis = int(max(set(range(leaf.ndim)) - {*site.leaf_axes}, default=-1) < min(site.leaf_axes))
-    by_columns = site.leaf_axes == (1,) and leaf.ndim == 2 and not any(isinstance(view, Reshape) for view in views)
-    in_place = by_columns if leaf.rows_last else _in_place(ops, views, leaf)
+    in_place = _in_place(site, leaf)
     if in_place:
         leaf, matrix, views, k_axis = _as_matrix(leaf, matrix), _same, (), 0
-    by_parts = _by_parts(products, rows.values, leaf.planes[0])
-    slab = slab_size(leaf.rows[0], leaf.columns[0], groups) if by_parts and in_place else None
+    by_slabs = in_place and _by_slabs(products, rows.values, leaf.planes[0])
+    wide = by_slabs and leaf.columns[0] > slabs.WIDE
+    slab = slab_size(leaf.rows[0], slabs.BAND if wide else leaf.columns[0], groups) if by_slabs else None
 
     def plain(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         if slab:
@@ -107,26 +107,28 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
         a = x.centered if x.scale is None else x.centered * x.scale
         if slab:
             return product_in_slabs(Integers(a), leaf, None, slab, decoded, products, precision)
-        return product(Integers(a), decoded(leaf), None, products, precision, k_axis)
+        return product(Integers(a), decoded(leaf), None, products, precision)
 
     seen = eqn.invars[ops.w].aval.dtype
     chosen = _kernel(rows, leaf, groups, sums, products, seen, dtype) if in_place else None
-    in_parts = slab or (by_parts and by_columns and not leaf.columns)
-    if chosen is None and groups > 1 and not in_parts:
+    if chosen is None and groups > 1 and not (slab or wide):
         return None
 
     def meaning(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         return (plain if groups == 1 else in_groups)(x, leaf, sums).astype(dtype)
 
-    if in_parts and not slab:
+    if wide:
         return _result(eqn, ops, in_bands(partial(meaning, rows), leaf, sums))
     multiplied = meaning if chosen is None else _either(*chosen, meaning)
     return _result(eqn, ops, multiplied(rows, leaf, sums))
 
 
-def _in_place(ops: Operands, views: tuple[View, ...], leaf: Packed) -> bool:
-    """Whether the product sums over the weight's first axes, as its planes are."""
-    seen = all(isinstance(view, Convert) for view in views) and ops.w_axes == tuple(range(len(leaf.rows)))
+def _in_place(site: Site, leaf: Packed) -> bool:
+    """Whether the product sums over the weight's rows in their order, so that its planes are a matrix for it."""
+    views = site.ref.views if site.ref else ()
+    if leaf.rows_last:
+        return leaf.ndim == 2 and site.leaf_axes == (1,) and not any(isinstance(view, Reshape) for view in views)
+    seen = all(isinstance(view, Convert) for view in views) and site.operands.w_axes == tuple(range(len(leaf.rows)))
     return seen and bool(leaf.columns) and leaf.planes[0].ndim == 2
 
 
@@ -159,9 +161,9 @@ Product = Callable[[Integers, Packed, jax.Array | None], jax.Array]
 F = TypeVar("F", bound=Callable)
 
 
-def _by_parts(products: Products, *operands: jax.Array) -> bool:
-    """Whether a weight is decoded part by part, as it is multiplied: on CPU, in a compiled program, unless XLA may have
-    to cut it for several devices: it would collect all parts on each."""
+def _by_slabs(products: Products, *operands: jax.Array) -> bool:
+    """Whether a weight is decoded slab by slab, as it is multiplied: on CPU, in a compiled program, unless XLA may have
+    to cut it for several devices: it would collect all slabs on each."""
     alone = jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
     traced = any(isinstance(a, Tracer) for a in operands)
     return products != "xla" and traced and alone and device_kind(*operands) == "cpu"
@@ -249,13 +251,14 @@ def _seen(views: tuple[View, ...], a: jax.Array) -> jax.Array:
 
 
 def looks_up(eqn: Any, site: Site, leaf: Packed) -> bool:
-    """Whether a gather picks whole rows of a table that is packed along its rows."""
+    """Whether a gather picks whole rows of a table that is packed along these."""
     numbers, params = eqn.params["dimension_numbers"], eqn.params
     rows = (numbers.start_index_map, numbers.collapsed_slice_dims) == ((0,), (0,)) and not numbers.operand_batching_dims
     last = tuple(numbers.offset_dims) == (eqn.outvars[0].aval.ndim - 1,)
     plain = site.ref is not None and not site.ref.views and leaf.exponents is None and params["fill_value"] is None
     plain &= leaf.stored.outer is None
-    return plain and rows and last and not leaf.columns and tuple(params["slice_sizes"]) == (1, *leaf.rows)
+    along = leaf.ndim == 2 and (leaf.rows_last or not leaf.columns)
+    return plain and rows and last and along and tuple(params["slice_sizes"]) == (1, *leaf.rows)
 
 
 def look_up(eqn: Any, leaf: Packed, indices: jax.Array) -> jax.Array:
@@ -266,7 +269,12 @@ def look_up(eqn: Any, leaf: Packed, indices: jax.Array) -> jax.Array:
     def pick(a: jax.Array) -> jax.Array:
         return lax.gather(a, indices, slice_sizes=(1, a.shape[1]), **params)
 
+    def pick_column(a: jax.Array) -> jax.Array:
+        numbers = params["dimension_numbers"]._replace(start_index_map=(1,), collapsed_slice_dims=(1,))
+        return lax.gather(a, indices, slice_sizes=(a.shape[0], 1), **{**params, "dimension_numbers": numbers})
+
     # One scale for each row, so that an index out of bounds finds NaN where the gather would have found it.
     scale = jnp.broadcast_to(leaf.stored.scale, (height, leaf.stored.scale.shape[1]))
     stored = jax.tree.map(lambda a: pick(a) if a.shape[0] == height else a, replace(leaf.stored, scale=scale))
-    return replace(leaf, planes=tuple(map(pick, leaf.planes)), stored=stored).dequantize()
+    planes = tuple(map(pick_column if leaf.rows_last else pick, leaf.planes))
+    return replace(leaf, planes=planes, stored=stored, columns=(), rows_last=False).dequantize()

@@ -148,8 +148,8 @@ class QTensor:
     """A quantized weight: the array `decode(codes) * 2**exponents` of `dtype`, of the shape of `codes`.
 
     `exponents` (int8, one for each input channel, broadcastable against `codes`) is None where there is nothing to
-    multiply with. With stacked layers every array has the same layer axis. `looked_up`: whether the program picks rows
-    of it, so that `pack` must keep these together.
+    multiply with. With stacked layers every array has the same layer axis. `looked_up`: whether all that the program
+    does with it is to pick rows, which `pack` then keeps together.
     """
 
     codes: jax.Array
@@ -182,7 +182,7 @@ class Packed:
 
     The codes of a [*lead, *rows, *columns] weight are planes of uint8 [*lead, bytes, columns], packed along `rows`, the
     axes that an output channel sums over, and so are those of one stored as [*lead, *columns, *rows] (`rows_last`); a
-    table of [*lead, row], whose rows are looked up, has planes [*lead, bytes].
+    table of [*lead, row] that is only looked up has planes [*lead, bytes].
     Integers of 8 bits are there as products read them: int8, an asymmetric one's code less 128. `stored` is the grid as
     `Grid.to_bytes` has it. Everything else is the QTensor's. `sums` (int32, of the leaf's rank) holds the sums of the
     integers over `rows`, or over each group there, by which zero points of activations are corrected; None where no

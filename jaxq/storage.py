@@ -18,11 +18,11 @@ import jax
 import numpy as np
 
 from jaxq.described import RECORDS, describe, kind, restore
-from jaxq.earlier_versions import RECORDS_1, RECORDS_2
 from jaxq.qtensor import Quantized
+from jaxq.version_1 import RECORDS_1
 
 VERSION = 3
-READ = {1: RECORDS_1, 2: RECORDS_2, VERSION: RECORDS}
+READ = {1: RECORDS_1, 2: RECORDS, VERSION: RECORDS}  # version 2 had weights in one order only
 STRUCTURE, ARRAYS = "jaxq.json", "arrays"
 
 

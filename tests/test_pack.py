@@ -272,7 +272,7 @@ def test_a_transposed_weight_and_several_readers():
     for fmt in (jaxq.Int(8, symmetric=False), jaxq.Float(2, 1)):
         q = jaxq.calibrate(f, params, [tokens], jaxq.quantize(fmt, jaxq.Int(8, symmetric=False), embeddings=fmt))
         packed = jaxq.pack(q)
-        assert packed.params["table"].planes[0].shape == (50, 16 if fmt.bits == 8 else 8)
+        assert packed.params["table"].planes[0].shape == (16 if fmt.bits == 8 else 8, 50)
         got, want = (jax.jit(jaxq.execute(f))(tree, tokens) for tree in (packed, q))
         assert distance(got, want) < 1e-2 * distance(want, f(params, tokens)) + 1e-6
 
@@ -335,15 +335,21 @@ def test_a_weight_stored_by_columns_is_packed_along_its_rows(fmt, activations):
 )
 @pytest.mark.parametrize("fmt", [jaxq.Int(4), jaxq.mxfp4()], ids=named)
 def test_kernels_take_weights_stored_by_columns(kind, platform, kernel, fmt):
-    def f(p, x):
+    """A table that is looked up too among them."""
+
+    def times(p, x):
         return x @ p["w"].T
 
+    def tied(p, tokens):
+        return p["w"][tokens] @ p["w"].T
+
     x, w = normal(0, 4, 512).astype(jnp.bfloat16), weight(1, 256, 512).astype(jnp.bfloat16)
-    packed = jaxq.pack(jaxq.calibrate(f, {"w": w}, [x], jaxq.quantize(fmt, None)))
     device = AbstractDevice(kind, None, platform)
-    with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=device)):
-        found = [kernel in str(jax.make_jaxpr(jaxq.execute(f, how))(packed, x)) for how in ("int8", "xla")]
-    assert found == [True, False]
+    for f, given in ((times, x), (tied, jnp.arange(4))):
+        packed = jaxq.pack(jaxq.calibrate(f, {"w": w}, [given], jaxq.quantize(fmt, None)))
+        with use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=device)):
+            found = [kernel in str(jax.make_jaxpr(jaxq.execute(f, how))(packed, given)) for how in ("int8", "xla")]
+        assert found == [True, False]
 
 
 def test_layers_stored_by_columns_are_scanned():
@@ -384,8 +390,13 @@ def test_look_ups_decode_rows_alone(fmt, mode):
 
     tokens = jnp.array([[0, 7, 30, 500]])
     q = jaxq.calibrate(f, {"table": weight(0, 31, 64)}, [tokens], jaxq.quantize(embeddings=fmt))
-    packed, run = jaxq.pack(q), jax.jit(jaxq.execute(f))
-    np.testing.assert_array_equal(run(packed, tokens), run(q, tokens))
+    by_columns = jax.tree.map(lambda leaf: replace(leaf, looked_up=False), q, is_leaf=lambda a: isinstance(a, QTensor))
+    run = jax.jit(jaxq.execute(f))
+    for tree in (q, by_columns):
+        packed = jaxq.pack(tree)
+        np.testing.assert_array_equal(run(packed, tokens), run(q, tokens))
+        if fmt in (jaxq.Int(4, symmetric=False), jaxq.mxfp6()):
+            assert packed.params["table"].rows_last != tree.params["table"].looked_up
 
 
 def test_stacked_layers_are_scanned_packed():

@@ -23,6 +23,7 @@ from jaxq.qtensor import Packed
 
 SLAB = 2**20  # numbers, about, of a weight: in less, a loop's steps are too short, more do not stay in the caches
 SMALL = 2**18  # numbers of a weight that is decoded whole
+WIDE, BAND = 2**14, 2**11  # columns, of a weight of which slabs are cut in bands, too, and of these
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["leaf"], meta_fields=["size", "read"])
@@ -85,20 +86,21 @@ def slab_size(k: int, columns: int, groups: int = 1) -> int | None:
 
 
 def in_bands(multiply: Callable[[Packed, Any], jax.Array], leaf: Packed, sums: jax.Array | None) -> jax.Array:
-    """`multiply(leaf, sums)` [M, columns] of a weight [columns, K] whose codes are packed along its last axis: a run of
-    columns at a time. `sums` are [groups, columns]."""
-    count, k = leaf.shape
-    size = max(1, SLAB // k)
-    if count <= size:
-        return multiply(leaf, sums)
+    """`multiply(leaf, sums)`, [M, N], of a weight of `Slabs.leaf`'s form, a band of columns at a time.
+
+    Args:
+      sums: what goes with the weight, [groups, N].
+    """
+    columns = leaf.columns[0]
 
     def band(start: Any, size: int) -> jax.Array:
-        def part(a: jax.Array, axis: int = 0) -> jax.Array:
-            return a if a.shape[axis] == 1 else lax.dynamic_slice_in_dim(a, start, size, axis)
+        def part(a: jax.Array) -> jax.Array:
+            return a if a.shape[1] == 1 else lax.dynamic_slice_in_dim(a, start, size, 1)
 
-        return multiply(jax.tree.map(part, leaf), None if sums is None else part(sums, 1))
+        planes, stored = jax.tree.map(part, (leaf.planes, leaf.stored))
+        return multiply(replace(leaf, planes=planes, stored=stored, columns=(size,)), jax.tree.map(part, sums))
 
-    whole = count // size * size
-    bands = lax.map(lambda start: band(start, size), jnp.arange(0, whole, size))
+    whole = columns // BAND * BAND
+    bands = lax.map(lambda start: band(start, BAND), jnp.arange(0, whole, BAND))
     y = jnp.moveaxis(bands, 0, 1).reshape(-1, whole)
-    return y if whole == count else jnp.concatenate([y, band(whole, count - whole)], 1)
+    return y if whole == columns else jnp.concatenate([y, band(whole, columns - whole)], 1)

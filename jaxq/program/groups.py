@@ -45,11 +45,6 @@ class GroupPlan:
     def sites(self) -> tuple[str, ...]:
         return tuple(m.site.path for m in self.members)
 
-    @property
-    def tables(self) -> tuple[str, ...]:
-        """The parameters that are looked up."""
-        return tuple(m.site.ref.path for m in self.members if self.kind == "lookup" and m.site.ref is not None)
-
 
 @dataclass(frozen=True)
 class Layout:

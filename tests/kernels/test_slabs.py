@@ -92,24 +92,27 @@ def test_exponents_of_channels(small):
     check(times, weight(1, DEPTH, COLUMNS), jaxq.llm_fp4(weights=4, activations=4), x)
 
 
-@pytest.mark.parametrize("weights", [Int(4), Int(3, False), Float(2, 1), Int(8)], ids=named)
-@pytest.mark.parametrize("activations", [None, ASYMMETRIC], ids=named)
-def test_bands_of_a_table_that_is_looked_up_too(small, weights, activations):
-    check(tied, weight(1, 130, 40), jaxq.quantize(weights, activations), jnp.arange(12).reshape(2, 6))
-
-
-@pytest.mark.parametrize("weights", [per_group(Int(4, False), 128), jaxq.mxfp4()], ids=named)
-def test_bands_of_a_table_in_groups(small, weights):
-    check(tied, weight(1, 130, 256), jaxq.quantize(weights, None), jnp.arange(12).reshape(2, 6))
-    check(tied, weight(1, 130, 256), jaxq.quantize(weights, ASYMMETRIC), jnp.arange(12).reshape(2, 6))
-
-
 def test_one_grid_for_a_weight_that_is_stored_by_columns(small):
     """Packed along its columns, for all that its grid tells: decoded whole."""
     weights = jaxq.per_tensor(Int(4))
     check(by_transpose, weight(1, 300, 40), jaxq.quantize(weights, None), normal(0, 3, 40), loops=False)
     recipe, tokens = jaxq.quantize(weights, None, embeddings=weights), jnp.arange(12).reshape(2, 6)
     check(tied, weight(1, 300, 40), recipe, tokens, loops=False)
+
+
+@pytest.mark.parametrize("weights", [Int(4), Int(3, False), per_group(Int(4), 64), jaxq.mxfp4()], ids=named)
+@pytest.mark.parametrize("activations", [None, ASYMMETRIC], ids=named)
+def test_a_table_that_is_looked_up_too(small, weights, activations):
+    check(tied, weight(1, 30, 640), jaxq.quantize(weights, activations), jnp.arange(12).reshape(2, 6))
+
+
+@pytest.mark.parametrize("weights", [Int(3, False), Int(8), per_group(Int(4, False), 64), jaxq.mxfp4()], ids=named)
+@pytest.mark.parametrize("depth", [192, 640])
+def test_bands_of_a_wide_weight(small, monkeypatch, weights, depth):
+    monkeypatch.setattr(slabs, "WIDE", COLUMNS)
+    monkeypatch.setattr(slabs, "BAND", 4)
+    for activations, columns in ((None, 10), (ASYMMETRIC, 12)):
+        check(times, weight(1, depth, columns), jaxq.quantize(weights, activations), normal(0, 3, depth))
 
 
 def test_a_weight_that_is_stored_by_columns(small):

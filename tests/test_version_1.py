@@ -1,4 +1,4 @@
-"""Models as earlier versions saved them: in version 1 with every grid in float32."""
+"""Models as version 1 saved them: every grid in float32."""
 
 from __future__ import annotations
 
@@ -30,23 +30,11 @@ def before(node: Any) -> Any:
         return [before(child) for child in node]
     if not isinstance(node, dict):
         return node
-    node = {"grid" if name == "stored" else name: before(child) for name, child in node.items()}
+    new = ("rows_last", "looked_up")
+    node = {"grid" if name == "stored" else name: before(child) for name, child in node.items() if name not in new}
     if "Grid" in node:
         del node["Grid"]["scales"]
     return node
-
-
-def without_orders(node: Any) -> Any:
-    """The JSON of a tree that does not say how codes lie."""
-    if isinstance(node, list):
-        return [without_orders(child) for child in node]
-    if not isinstance(node, dict):
-        return node
-    return {name: without_orders(child) for name, child in node.items() if name not in ("rows_last", "looked_up")}
-
-
-def all_looked_up(params: dict[str, Any]) -> jaxq.Quantized:
-    return jaxq.Quantized({k: replace(a, looked_up=True) if isinstance(a, QTensor) else a for k, a in params.items()})
 
 
 def in_float32(leaf: QTensor | Packed) -> QTensor | Packed:
@@ -57,7 +45,7 @@ def save(path: Path, params: dict[str, Any]) -> None:
     """With float32 grids in packed leaves too, and nothing that says which numbers are in them."""
     storage.save(path, jaxq.Quantized({name: in_float32(leaf) for name, leaf in params.items()}), {})
     document = json.loads((path / "jaxq.json").read_text())
-    text = json.dumps({**document, "version": 1, "tree": before(without_orders(document["tree"]))})
+    text = json.dumps({**document, "version": 1, "tree": before(document["tree"])})
     assert '"Packed": {"planes"' in text and '"grid": {"Grid": {"scale"' in text and '"scales"' not in text
     (path / "jaxq.json").write_text(text)
 
@@ -67,20 +55,7 @@ def test_it_is_read_as_what_is_packed_now(tmp_path):
     params = {**leaves, **{f"packed {name}": jaxq.pack({"w": leaf})["w"] for name, leaf in leaves.items()}}
     save(tmp_path / "model", params)
     loaded, about = storage.load(tmp_path / "model")
-    assert about == {} and same_tree(loaded, all_looked_up(params))
-
-
-def test_version_2_kept_rows_together(tmp_path):
-    leaf = quantize_weight(weight(0, 8, 64), KINDS["int8"], (1,))
-    table = replace(leaf, looked_up=True)
-    params = {"w": leaf, "packed": jaxq.pack({"w": table})["w"]}
-    storage.save(tmp_path / "model", jaxq.Quantized(params), {})
-    file = tmp_path / "model" / "jaxq.json"
-    document = json.loads(file.read_text())
-    file.write_text(json.dumps({**document, "version": 2, "tree": without_orders(document["tree"])}))
-    loaded, _ = storage.load(tmp_path / "model")
-    assert same_tree(loaded.params, {"w": table, "packed": replace(params["packed"], looked_up=False)})
-    assert jaxq.pack(loaded).params["w"].planes[0].shape == (8, 64)
+    assert about == {} and same_tree(loaded, jaxq.Quantized(params))
 
 
 def test_scales_that_are_numbers_of_no_kind_stay_real(tmp_path):
@@ -89,7 +64,7 @@ def test_scales_that_are_numbers_of_no_kind_stay_real(tmp_path):
     params = {"w": odd, "packed": jaxq.pack({"w": odd})["w"]}
     save(tmp_path / "model", params)
     loaded, _ = storage.load(tmp_path / "model")
-    assert same_tree(loaded, all_looked_up(params)) and isinstance(loaded.params["w"], QTensor)
+    assert same_tree(loaded, jaxq.Quantized(params)) and isinstance(loaded.params["w"], QTensor)
 
 
 def test_zero_points_that_bytes_do_not_hold_are_refused(tmp_path):

@@ -1,8 +1,4 @@
-"""Records of models that were saved as earlier versions.
-
-Version 2 did not say which weights are looked up, so that the rows of all that may be are kept together. In version 1,
-besides, all grids are in float32, and none says which numbers its scales are.
-"""
+"""Records of models that were saved as version 1: all grids in float32, and none says which numbers its scales are."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ from typing import Any
 
 from jaxq.described import RECORDS
 from jaxq.pack import held_by_bytes
-from jaxq.qtensor import Grid, Packed, QTensor
+from jaxq.qtensor import Grid, Packed
 
 
 def _grid(**parts: Any) -> Grid:
@@ -31,9 +27,4 @@ def _packed(grid: Grid, **parts: Any) -> Packed:
     return Packed(stored=grid.to_bytes(), **parts)
 
 
-def _qtensor(**parts: Any) -> QTensor:
-    return QTensor(looked_up=True, **parts)
-
-
-RECORDS_2 = {**RECORDS, "QTensor": _qtensor}
-RECORDS_1 = {**RECORDS_2, "Grid": _grid, "Packed": _packed}
+RECORDS_1 = {**RECORDS, "Grid": _grid, "Packed": _packed}
