@@ -92,6 +92,20 @@ def test_structure_is_readable(tmp_path):
     assert kernel["QTensor"]["codes"]["array"][1:3] == ["int8", [8, 4]]
 
 
+def test_version_2_is_read(tmp_path):
+    """Which did not say in which order codes lie, as there was one."""
+    saved = Quantized({"w": model().params["layers"][1]["q"]["kernel"]})
+    saved = Quantized({**saved.params, "packed": pack(saved).params["w"]})
+    save(tmp_path / "model", saved, {})
+    file = tmp_path / "model" / "jaxq.json"
+    document = json.loads(file.read_text())
+    for leaf in document["tree"]["Quantized"]["params"]["dict"].values():
+        for name in {"looked_up", "rows_last"} & (parts := next(iter(leaf.values()))).keys():
+            del parts[name]
+    file.write_text(json.dumps({**document, "version": 2}))
+    assert_same(load(tmp_path / "model")[0], saved)
+
+
 def test_no_arrays_at_all(tmp_path):
     save(tmp_path / "model", Quantized({}), {})
     assert_same(load(tmp_path / "model")[0], Quantized({}))
