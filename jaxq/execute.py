@@ -23,7 +23,7 @@ from jaxq.program.trace import Program, abstract, named_leaves, trace
 from jaxq.qtensor import InputQuant, Packed, Quantized, is_qtensor, logical
 
 Address = tuple[int, ...]
-Key = tuple[str, bool]  # a packed leaf's path, and whether the scans around it slice it
+Key = tuple[str, int]  # a packed leaf's path, and how many scans around it slice it
 
 
 class Held(NamedTuple):
@@ -149,18 +149,18 @@ def _is_packed(site: Site, layout: Layout, packed: dict[str, Packed]) -> bool:
 
 
 def _has(packed: dict[str, Packed], key: Key) -> bool:
-    """Whether there is such a leaf, to be sliced by scans or not: its first axis must not be among its columns."""
-    path, sliced = key
-    return path in packed and (packed[path].lead > 0 or not sliced)
+    """Whether there is such a leaf that so many scans can slice: its first axes must not be packed or its columns."""
+    path, depth = key
+    return path in packed and packed[path].lead >= depth
 
 
 def _keys(plan: Plan) -> set[Key]:
-    return {_key(group.members[0].site) for group in plan.groups} - {("", False)}
+    return {_key(group.members[0].site) for group in plan.groups} - {("", 0)}
 
 
 def _key(site: Site) -> Key:
     """Of the packed leaf that a site reads; none where layers do not lie first, for such a leaf cannot be sliced."""
-    return (site.ref.path, site.ref.depth > 0) if site.ref and not any(site.ref.axes) else ("", False)
+    return (site.ref.path, site.ref.depth) if site.ref and not any(site.ref.axes) else ("", 0)
 
 
 def interpret(closed: Any, args: list[Any], plan: Plan, held: Held, at: Address = ()) -> list[Any]:

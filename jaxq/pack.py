@@ -206,4 +206,4 @@ def _rows(leaf: QTensor) -> tuple[int, int]:
     start = stop - 1
     while start - 1 in shared:
         start -= 1
-    return (start, stop) if stop - start < len(shape) else (len(shape) - 2, len(shape) - 1)
+    return (start, stop) if stop < len(shape) or stop - start == 1 else (len(shape) - 2, len(shape) - 1)

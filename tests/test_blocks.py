@@ -334,6 +334,9 @@ def test_impossible_blocks_are_refused():
 
 
 def test_blocks_that_do_not_divide_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"t: no whole rows of it are looked up.* granularity than groups"):
+        recipe = jaxq.quantize(embeddings=jaxq.per_group(jaxq.Int(4), 8))
+        jaxq.calibrate(lambda p, t: p["t"][t, t], {"t": weight(0, 31, 40)}, [jnp.array([[1, 2, 3]])], recipe)
     with pytest.raises(ValueError, match=r"w: groups of 32 do not divide its 48 channels"):
         jaxq.calibrate(
             lambda p, x: x @ p["w"], {"w": weight(0, 48, 8)}, [normal(1, 3, 48)], jaxq.quantize(jaxq.mxfp4())

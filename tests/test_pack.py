@@ -366,6 +366,21 @@ def test_layers_stored_by_columns_are_scanned():
         np.testing.assert_allclose(run(packed, x), run(q, x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("weights", [jaxq.Int(8), jaxq.per_tensor(jaxq.Int(4))], ids=named)
+def test_layers_of_nested_scans(weights):
+    def f(p, x):
+        def layer(x, w):
+            return jnp.tanh(x @ w["square"]) * (x @ w["vector"])[:, None], None
+
+        return lax.scan(lambda x, w: (lax.scan(layer, x, w)[0], None), x, p)[0]
+
+    x, params = normal(0, 5, 16), {"square": weight(1, 2, 3, 16, 16), "vector": weight(2, 2, 3, 16)}
+    packed = jaxq.pack(q := jaxq.calibrate(f, params, [x], jaxq.quantize(weights, jaxq.Int(8))))
+    assert packed.params["square"].lead == 2
+    got, want = (jax.jit(jaxq.execute(f))(tree, x) for tree in (packed, q))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_one_token_multiplies_eight_bits_as_they_are_stored(symmetric):
     """Transposed or not, and on CPU: no copy of a weight, in 8 or in 32 bits."""

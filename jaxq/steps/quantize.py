@@ -56,6 +56,12 @@ def quantize(
 
 def _check_group_size(group: GroupPlan, weights: Quantizer | None, activations: Quantizer | None) -> None:
     """Groups are runs along the last of the axes that are summed over: of the activation, and of each weight's leaf."""
+    grouped = isinstance(weights, Quantizer) and isinstance(weights.granularity, PerGroup)
+    if grouped and not all(member.site.leaf_axes for member in group.members):
+        raise ValueError(
+            f"{group.name}: no whole rows of it are looked up, so that it has no runs of channels; choose another "
+            "granularity than groups, or leave it out with a `skip` pattern"
+        )
     runs = [(activations, group.x_shape[i]) for i in group.x_axes[-1:]]
     for site in (member.site for member in group.members):
         runs += [(weights, site.ref.shape[i]) for i in site.leaf_axes[-1:] if site.ref is not None]
