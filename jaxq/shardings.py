@@ -73,19 +73,18 @@ def _placed(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh | AbstractMesh
 
 def _of_planes(path: str, leaf: Packed, entries: list[Any], parts: list[int]) -> PartitionSpec:
     """Of planes [*lead, bytes, columns], whose bytes hold all of the axes `rows`, and whose columns are merged too."""
-    lead, merged = leaf.ndim - len(leaf.rows) - len(leaf.columns), len(leaf.columns if leaf.rows_last else leaf.rows)
-    runs = [(lead, lead + merged), (lead + merged, leaf.ndim)]
-    (start, _), (others, end) = reversed(runs) if leaf.rows_last else runs
-    for first, last in runs:
-        if any(n > 1 for n in parts[first + 1 : last]):
-            raise ValueError(f"{path}: axes {first} to {last - 1} are packed as one: only axis {first} can be sharded")
+    rows, start = leaf.row_axes, leaf.row_axes[0]
+    columns = [i for i in range(leaf.lead, leaf.ndim) if i not in rows]
+    for run in (rows, columns):
+        if any(parts[i] > 1 for i in run[1:]):
+            raise ValueError(f"{path}: axes {run[0]} to {run[-1]} are packed as one: only axis {run[0]} can be sharded")
     count, bits = prod(leaf.rows), leaf.format.bits
     if leaf.rows[0] % parts[start] or not can_split(count, bits, parts[start]):
         raise ValueError(
             f"{path}: {count} codes of {bits} bits, packed along axis {start} in blocks of {BLOCK}, cannot be cut into "
             f"{parts[start]} parts of whole blocks; shard another axis of it, or none, or leave it unpacked"
         )
-    return PartitionSpec(*entries[:lead], entries[start], *entries[others:end][:1])
+    return PartitionSpec(*entries[: leaf.lead], entries[start], *(entries[i] for i in columns[:1]))
 
 
 def _parts(path: str, entry: Any, mesh: Mesh | AbstractMesh) -> int:

@@ -225,7 +225,7 @@ def _int8_product(x: Integers, w: Integers, sums: jax.Array | None, k_axis: int)
     """XW is exact; centers come after, in float32: (X + a)(W + b) = XW + a (sum(W) + K b) + b sum(X)."""
     assert x.bound is not None and w.bound is not None
     if isinstance(w.values, Slabs) and w.values.leaf.planes[0].dtype == jnp.int8:  # nothing to decode
-        w = replace(w, values=w.values.whole())
+        w = weight_integers(w.values.leaf)
     y = _exact_dot(x.values, x.int8, w.values, k_axis)
     if x.center is not None:
         if sums is None:

@@ -45,9 +45,6 @@ class Slabs:
     def depth(self) -> int:
         return self.leaf.rows[0]
 
-    def whole(self) -> jax.Array:
-        return self.read(self.leaf).values
-
     def slab(self, start: Any, size: int) -> Packed:
         """The channels from `start` on, a multiple of `size`'s blocks and groups; perhaps a tracer."""
 

@@ -136,7 +136,11 @@ def test_layers_of_a_scan(small):
     def layers(p, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
 
-    check(layers, weight(1, 2, 512, 512), jaxq.quantize(Int(4), None), normal(0, 3, 512))
+    x, recipe = normal(0, 3, 512), jaxq.quantize(Int(4), None)
+    check(layers, weight(1, 2, 512, 512), recipe, x)  # whose loop is not the slabs'
+    packed = jaxq.pack(jaxq.calibrate(layers, {"w": weight(1, 2, 512, 512)}, [x], recipe))
+    scans = [str(jax.make_jaxpr(jaxq.execute(layers, how))(packed, x)).count("scan[") for how in ("int8", "xla")]
+    assert scans[0] > scans[1]
 
 
 @pytest.mark.parametrize("activations", [None, ASYMMETRIC], ids=named)
