@@ -17,7 +17,7 @@ from jaxq.contraction import transform
 from jaxq.devices import device_kind
 from jaxq.formats import Float, Int
 from jaxq.formats.integer import narrow
-from jaxq.kernels import gpu, slabs, tpu
+from jaxq.kernels import gemv, gpu, slabs, tpu
 from jaxq.kernels.plain import (
     Integers,
     Products,
@@ -110,15 +110,20 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
         return product(Integers(a), decoded(leaf), None, products, precision)
 
     seen = eqn.invars[ops.w].aval.dtype
-    chosen = _kernel(rows, leaf, groups, sums, products, seen, dtype) if in_place else None
-    if chosen is None and groups > 1 and not (slab or wide):
-        return None
 
     def meaning(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
-        return (plain if groups == 1 else in_groups)(x, leaf, sums).astype(dtype)
+        multiplied = plain if groups == 1 else in_groups
+        y = in_bands(partial(multiplied, x), leaf, sums) if wide else multiplied(x, leaf, sums)
+        return y.astype(dtype)
 
-    if wide:
-        return _result(eqn, ops, in_bands(partial(meaning, rows), leaf, sums))
+    def by_row(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
+        return gemv.row_product(x, leaf, sums, groups, products).astype(dtype)
+
+    chosen = _kernel(rows, leaf, groups, sums, products, seen, dtype) if in_place else None
+    if by_slabs and gemv.takes(rows, leaf, groups):
+        chosen = "cpu", _unless_mapped(by_row, meaning)
+    if chosen is None and groups > 1 and not (slab or wide):
+        return None
     multiplied = meaning if chosen is None else _either(*chosen, meaning)
     return _result(eqn, ops, multiplied(rows, leaf, sums))
 
@@ -211,6 +216,17 @@ def _either(platform: str, kernel: Callable, plain: F) -> F:
 
     either.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
     return cast(F, either)
+
+
+def _unless_mapped(kernel: Product, plain: Product) -> Product:
+    """What a kernel computes; under `vmap`, where its rows are several, what `plain` does."""
+    either = jax.custom_batching.custom_vmap(kernel)
+
+    @either.def_vmap
+    def mapped(size: int, batched: Any, *operands: Any) -> tuple[jax.Array, bool]:
+        return jax.vmap(plain, jax.tree.map(lambda b: 0 if b else None, batched))(*operands), True
+
+    return either
 
 
 def _each(x: Integers, f: Callable[[jax.Array], jax.Array]) -> Integers:

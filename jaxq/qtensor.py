@@ -16,7 +16,7 @@ from jaxq.formats import Float, Format, Int, decode, encode
 from jaxq.formats.floating import power_of_two
 from jaxq.formats.integer import narrow
 from jaxq.formats.scales import Scales, expand_blocks, from_bytes, to_bytes
-from jaxq.kernels.layout import can_split, eight_bit_codes, plane_rows, unpack_codes, widths
+from jaxq.kernels.layout import can_split, eight_bit_codes, plane_rows, signed, unpack_codes, widths
 
 
 @dataclass(frozen=True)
@@ -251,10 +251,8 @@ class Packed:
         if isinstance(self.format, Int) and planes[0].dtype == jnp.int8:
             planes = (eight_bit_codes(planes[0], self.format),)
         codes = self.laid_out(unpack_codes(planes, self.format.bits, prod(self.local_rows)))
-        if self.format.code_dtype == jnp.int8:  # two's complement: the sign bit moves to the top and back
-            above = 8 - self.format.bits
-            codes = jax.lax.bitcast_convert_type(codes << above if above else codes, jnp.int8)
-            codes = codes >> above if above else codes
+        if self.format.code_dtype == jnp.int8:
+            codes = signed(codes, self.format.bits)
         kept = {"format": self.format, "dtype": self.dtype, "looked_up": self.looked_up}
         return QTensor(codes, self.grid, exponents=self.exponents, **kept)
 

@@ -151,14 +151,45 @@ def encode(fmt: Kind, x: jax.Array, scale: jax.Array, mantissa: jax.Array | None
 
 
 def decode(fmt: Kind, codes: jax.Array, scale: jax.Array, mantissa: jax.Array | None) -> jax.Array:
+    """By the bits of float32; subnormal elements as (1 + k / 2**m) * 2**lowest, and 2**lowest taken off."""
     m, lowest, _ = layout(fmt, mantissa)
-    codes = codes.astype(jnp.int32)
-    magnitude = codes & (2 ** (fmt.bits - 1) - 1)
-    exponent = jnp.right_shift(magnitude, m)
-    hidden = jnp.where(exponent > 0, jnp.left_shift(1, m), 0)
-    steps = (magnitude - jnp.left_shift(exponent, m) + hidden).astype(jnp.float32)
-    element = steps * power_of_two(jnp.maximum(exponent, 1) - 1 + lowest - m)
-    return jnp.where(codes >= 2 ** (fmt.bits - 1), -element, element) * scale
+    top = 2 ** (fmt.bits - 1)
+    magnitude = codes.astype(jnp.int32) & (top - 1)
+    tiny = jnp.right_shift(magnitude, m) == 0
+    normal, raised = (jnp.asarray(lowest + k, jnp.int32) << 23 for k in (126, 127))
+    bits = jnp.left_shift(magnitude, 23 - m) + jnp.where(tiny, raised, normal)
+    taken = jnp.where(tiny, power_of_two(jnp.asarray(lowest, jnp.int32)), jnp.float32(0))
+    element = jax.lax.bitcast_convert_type(bits, jnp.float32) - taken
+    return jnp.where(codes >= top, -element, element) * scale
+
+
+def fits_half(fmt: Float) -> bool:
+    """Whether float16's exponents, up to 30, hold the format's."""
+    return (2 ** (fmt.bits - 1) - 1 - fmt.reserved) >> fmt.mantissa_bits <= 30
+
+
+def half(fmt: Float, codes: jax.Array, power: int = 0) -> jax.Array:
+    """The elements times `2**power`, float32, of a format that `fits_half`: the codes are float16's bits but for the
+    bias. On CPUs, which convert these in one instruction, subnormal ones too, that is faster than `decode`."""
+    top = 2 ** (fmt.bits - 1)
+    bits = codes.astype(jnp.uint16)
+    bits = (bits & (top - 1)) << (10 - fmt.mantissa_bits) | (bits & top) << (16 - fmt.bits)
+    numbers = jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+    return numbers * jnp.float32(2.0 ** (15 - fmt.bias + power))
+
+
+def whole_elements(fmt: Float, codes: jax.Array) -> jax.Array:
+    """The elements' magnitudes in units of the smallest, uint8, of a format in which that holds them.
+
+    They count up by 1 with the code, and by twice as much from each power of two on. On bytes that is several times
+    faster than the arithmetic of exponents.
+    """
+    magnitude = codes & jnp.uint8(2 ** (fmt.bits - 1) - 1)
+    value = magnitude
+    for exponent in range(2, 2**fmt.exponent_bits):
+        start = jnp.uint8(exponent << fmt.mantissa_bits)
+        value += (jnp.maximum(magnitude, start) - start) << (exponent - 2)
+    return value
 
 
 def elements(fmt: Kind, x: jax.Array, scale: jax.Array, mantissa: jax.Array | None) -> jax.Array:

@@ -37,6 +37,8 @@ from jaxq.formats import Int
 BLOCK = 256
 HALF = BLOCK // 2
 WIDTHS = (8, 4, 2, 1)
+RUN = 16  # channels in a row that share bytes with no others of theirs, whatever the width
+RUNS = BLOCK // RUN
 
 
 def widths(bits: int) -> tuple[int, ...]:
@@ -88,6 +90,26 @@ def unpack_codes(planes: tuple[jax.Array, ...], bits: int, k: int) -> jax.Array:
     for plane, width in zip(planes[1:], others):
         codes = codes | (_unpack_plane(plane, width, k) << below)
         below += width
+    return codes
+
+
+def signed(codes: jax.Array, bits: int) -> jax.Array:
+    """Codes in two's complement of so many bits, uint8, as int8; CPUs have no shifts of bytes."""
+    sign = jnp.uint8(2 ** (bits - 1))
+    return jax.lax.bitcast_convert_type(codes if bits == 8 else (codes ^ sign) - sign, jnp.int8)
+
+
+def unpack_run(planes: tuple[jax.Array, ...], bits: int, run: int) -> jax.Array:
+    """Of each block of 256 codes those from `16 * run` on: uint8 [16 * blocks, N], of planes [..., N] of whole blocks;
+    of 8 bits as they are stored."""
+    codes, below = None, 0
+    for plane, width in zip(planes, widths(bits)):
+        each = RUNS * width // 8  # runs of bytes in a block
+        bytes_ = plane.reshape(-1, each, RUN, plane.shape[-1])[:, run % each].reshape(-1, plane.shape[-1])
+        part = bytes_ if width == 8 else (bytes_ >> (run // each * width)) & (2**width - 1)
+        codes = part if codes is None else codes | (part << below)
+        below += width
+    assert codes is not None
     return codes
 
 

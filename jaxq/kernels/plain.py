@@ -31,9 +31,9 @@ from jax import lax
 from jaxq.contraction import dynamic_grid
 from jaxq.devices import on_gpu
 from jaxq.formats import Float, Format, Int, decode, elements
-from jaxq.formats.floating import layout, power_of_two
+from jaxq.formats.floating import layout, power_of_two, whole_elements
 from jaxq.formats.integer import narrow
-from jaxq.kernels.slabs import Slabs
+from jaxq.kernels.slabs import Slabs, channels
 from jaxq.qtensor import Granularity, Grid, Packed, QTensor, pytree, static
 
 Products = Literal["int8", "xla", "float", "decoded"]
@@ -120,6 +120,9 @@ def decoded(leaf: QTensor | Packed) -> Integers:
 def _whole(leaf: QTensor) -> jax.Array:
     """A float weight's elements in units of the smallest: int8 where they fit, else float32."""
     fmt, codes = leaf.format, leaf.codes
+    if isinstance(fmt, Float) and largest_integer(fmt) <= 127:
+        values = lax.bitcast_convert_type(whole_elements(fmt, codes), jnp.int8)
+        return jnp.where(codes >= 2 ** (fmt.bits - 1), -values, values)
     mantissa = leaf.grid.over(leaf.shape).mantissa
     values = decode(fmt, codes, power_of_two(-_finest(fmt, mantissa, leaf.ndim)), None, mantissa)
     return values.astype(jnp.int8) if largest_integer(fmt) <= 127 else values
@@ -186,9 +189,7 @@ def product(
       precision: as for `lax.dot_general`; of use for activations that are no integers.
       k_axis: 1 where w's values come as [N, K]: on CPU an 8-bit product with a transpose is some ten times slower.
     """
-    depth = x.values.shape[1]
-    small = x.largest is not None and max(x.largest, w.bound or 256) <= 128 and depth * 2**14 < 2**31
-    if small and products != "float" and not _doubled():
+    if fits_int8(x, w, products):
         y = _int8_product(x, w, sums, k_axis)
     else:
         y = _float_product(x, replace(w, values=w.values.T) if k_axis else w, precision)
@@ -212,7 +213,13 @@ def product_in_slabs(
     Jitted, so that a program traces and lowers it once for all its weights of one shape.
     """
     slabs = Slabs(leaf, size, read)
-    return product(x, replace(read(slabs.slab(0, size)), values=slabs), sums, products, precision)
+    return product(x, replace(read(channels(leaf, 0, size)), values=slabs), sums, products, precision)
+
+
+def fits_int8(x: Integers, w: Integers, products: Products) -> bool:
+    """Whether a product of x, values [M, K], and w is one of 8-bit integers, whose sums are exact in int32."""
+    small = x.largest is not None and max(x.largest, w.bound or 256) <= 128 and x.values.shape[1] * 2**14 < 2**31
+    return small and products != "float" and not _doubled()
 
 
 def _doubled() -> bool:
@@ -222,14 +229,19 @@ def _doubled() -> bool:
 
 
 def _int8_product(x: Integers, w: Integers, sums: jax.Array | None, k_axis: int) -> jax.Array:
-    """XW is exact; centers come after, in float32: (X + a)(W + b) = XW + a (sum(W) + K b) + b sum(X)."""
+    """The product of the values is exact; centers come after, in float32."""
     assert x.bound is not None and w.bound is not None
     if isinstance(w.values, Slabs) and w.values.leaf.planes[0].dtype == jnp.int8:  # nothing to decode
         w = weight_integers(w.values.leaf)
-    y = _exact_dot(x.values, x.int8, w.values, k_axis)
+    if x.center is not None and sums is None:
+        sums = _summed(lambda _, values: values.sum(k_axis, dtype=jnp.int32)[None], x.values, w.values)
+    return corrected(_exact_dot(x.values, x.int8, w.values, k_axis), x, w, sums)
+
+
+def corrected(y: jax.Array, x: Integers, w: Integers, sums: jax.Array | None) -> jax.Array:
+    """The product of x and w from that of their values, y: (X + a)(W + b) = XW + a (sum(W) + K b) + b sum(X)."""
     if x.center is not None:
-        if sums is None:
-            sums = _summed(lambda _, values: values.sum(k_axis, dtype=jnp.int32)[None], x.values, w.values)
+        assert sums is not None
         total = sums.astype(jnp.float32)
         y = y + x.center * (total if w.center is None else total + x.values.shape[1] * w.center)
     if w.center is not None:

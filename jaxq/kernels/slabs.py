@@ -45,31 +45,33 @@ class Slabs:
     def depth(self) -> int:
         return self.leaf.rows[0]
 
-    def slab(self, start: Any, size: int) -> Packed:
-        """The channels from `start` on, a multiple of `size`'s blocks and groups; perhaps a tracer."""
-
-        def of_groups(a: jax.Array) -> jax.Array:
-            each = self.depth // a.shape[0]
-            return a if each == self.depth else lax.dynamic_slice_in_dim(a, start // each, size // each, 0)
-
-        planes = tuple(
-            lax.dynamic_slice_in_dim(plane, start * width // 8, plane_rows(size, width), 0)
-            for plane, width in zip(self.leaf.planes, widths(self.leaf.format.bits), strict=True)
-        )
-        stored = jax.tree.map(of_groups, self.leaf.stored)
-        return replace(self.leaf, planes=planes, stored=stored, rows=(size,))
-
     def multiplied(self, x: jax.Array, dot: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
         """The sum over slabs of `dot(x's channels [M, size], slab [size, N])`."""
 
         def part(start: Any, size: int) -> jax.Array:
-            return dot(lax.dynamic_slice_in_dim(x, start, size, 1), self.read(self.slab(start, size)).values)
+            return dot(lax.dynamic_slice_in_dim(x, start, size, 1), self.read(channels(self.leaf, start, size)).values)
 
         rest = self.depth % self.size
-        nothing = dot(x[:, :0], self.read(self.slab(0, self.size)).values[:0])  # zeros of the sum's type
+        nothing = dot(x[:, :0], self.read(channels(self.leaf, 0, self.size)).values[:0])  # zeros of the sum's type
         starts = jnp.arange(0, self.depth - rest, self.size)
         total, _ = lax.scan(lambda total, start: (total + part(start, self.size), None), nothing, starts)
         return total + part(self.depth - rest, rest) if rest else total
+
+
+def channels(leaf: Packed, start: Any, size: int) -> Packed:
+    """The channels from `start` on, a multiple of `size`'s blocks and groups and perhaps a tracer, of a weight of
+    `Slabs.leaf`'s form."""
+    depth = leaf.rows[0]
+
+    def of_groups(a: jax.Array) -> jax.Array:
+        each = depth // a.shape[0]
+        return a if each == depth else lax.dynamic_slice_in_dim(a, start // each, size // each, 0)
+
+    planes = tuple(
+        lax.dynamic_slice_in_dim(plane, start * width // 8, plane_rows(size, width), 0)
+        for plane, width in zip(leaf.planes, widths(leaf.format.bits), strict=True)
+    )
+    return replace(leaf, planes=planes, stored=jax.tree.map(of_groups, leaf.stored), rows=(size,))
 
 
 def slab_size(k: int, columns: int, groups: int = 1) -> int | None:
