@@ -13,7 +13,6 @@ its smallest step. So a product is one of integers, exact, and the scales of its
 | E2M3               | 60              | yes, without exponents                                   |
 | wider floats       | from 448 on     | no: bfloat16 holds them all exactly; sums in float32     |
 
-On CPU a product of one row is padded to two: XLA has fast 8-bit products of matrices there, none of vectors.
 """
 
 from __future__ import annotations
@@ -32,16 +31,12 @@ from jaxq.contraction import dynamic_grid
 from jaxq.devices import on_gpu
 from jaxq.formats import Float, Format, Int, decode, elements
 from jaxq.formats.floating import layout, power_of_two, whole_elements
-from jaxq.formats.integer import narrow
+from jaxq.kernels.dots import ROWS_FOR_LIBRARIES, dot, exact_dot, summed
 from jaxq.kernels.slabs import Slabs, channels
 from jaxq.qtensor import Granularity, Grid, Packed, QTensor, pytree, static
 
 Products = Literal["int8", "xla", "float", "decoded"]
 
-# From so many on GPUs' libraries are given what they multiply: 8-bit weights transposed, others as bfloat16. XLA's own
-# products, which take weights as they are, took 1.4 to 2.1 times bfloat16's time for 2048 rows (H100, JAX 0.11.2); this
-# number is an estimate from that and from what the passes over the weights should take.
-ROWS_FOR_LIBRARIES = 512
 # Formats whose codes are a machine's numbers, bit for bit: accelerators decode these in one instruction.
 MACHINE_FLOATS = {Float(4, 3, reserved=1): jnp.float8_e4m3fn, Float(5, 2, reserved=4): jnp.float8_e5m2}
 
@@ -234,8 +229,8 @@ def _int8_product(x: Integers, w: Integers, sums: jax.Array | None, k_axis: int)
     if isinstance(w.values, Slabs) and w.values.leaf.planes[0].dtype == jnp.int8:  # nothing to decode
         w = weight_integers(w.values.leaf)
     if x.center is not None and sums is None:
-        sums = _summed(lambda _, values: values.sum(k_axis, dtype=jnp.int32)[None], x.values, w.values)
-    return corrected(_exact_dot(x.values, x.int8, w.values, k_axis), x, w, sums)
+        sums = summed(lambda _, values: values.sum(k_axis, dtype=jnp.int32)[None], x.values, w.values)
+    return corrected(exact_dot(x.values, x.int8, w.values, k_axis), x, w, sums)
 
 
 def corrected(y: jax.Array, x: Integers, w: Integers, sums: jax.Array | None) -> jax.Array:
@@ -249,35 +244,6 @@ def corrected(y: jax.Array, x: Integers, w: Integers, sums: jax.Array | None) ->
     return y
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _exact_dot(x: jax.Array, narrowed: jax.Array | None, w: jax.Array, k_axis: int) -> jax.Array:
-    """x [M, K] of float32, whole numbers that fit int8 (`narrowed`, if they are there), times w of int8; differentiable
-    by x."""
-    rows = x.shape[0]
-    if k_axis == 0 and on_gpu() and rows >= ROWS_FOR_LIBRARIES:
-        w, k_axis = lax.optimization_barrier(w.T), 1
-
-    def in_int8(x: jax.Array, w: jax.Array) -> jax.Array:
-        exact = partial(_dot, accumulate=jnp.int32, k_axis=k_axis)
-        return _summed(exact, x, w).astype(jnp.float32)
-
-    def padded(x: jax.Array, w: jax.Array) -> jax.Array:
-        return in_int8(jnp.pad(x, ((0, 1), (0, 0))), w)[:1]
-
-    x = narrow(x, jnp.int8) if narrowed is None else narrowed
-    return lax.platform_dependent(x, w, cpu=padded, default=in_int8) if rows == 1 else in_int8(x, w)
-
-
-@_exact_dot.defjvp
-def _exact_dot_jvp(k_axis: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    x, narrowed, w = primals
-
-    def in_float32(x: jax.Array, w: jax.Array) -> jax.Array:
-        return _dot(x, w.astype(jnp.float32), k_axis=k_axis)
-
-    return _exact_dot(x, narrowed, w, k_axis), _summed(in_float32, tangents[0], w)
-
-
 def _float_product(x: Integers, w: Integers, precision: Any) -> jax.Array:
     """In the activation's own dtype; of integers, in bfloat16, which holds them, or on CPU in float32."""
     if x.bound is None:
@@ -287,25 +253,14 @@ def _float_product(x: Integers, w: Integers, precision: Any) -> jax.Array:
             weights = w.around(values).astype(dtype)
             if on_gpu() and x.shape[0] >= ROWS_FOR_LIBRARIES:
                 weights = lax.optimization_barrier(weights)
-            return _dot(x, weights, precision=precision)
+            return dot(x, weights, precision=precision)
 
-        return _summed(in_its_dtype, x.centered.astype(dtype), w.values)
+        return summed(in_its_dtype, x.centered.astype(dtype), w.values)
 
     def multiply(dtype: Any) -> Any:
         def in_dtype(x: jax.Array, values: jax.Array) -> jax.Array:
-            return _dot(x.astype(dtype), w.around(values).astype(dtype))
+            return dot(x.astype(dtype), w.around(values).astype(dtype))
 
-        return partial(_summed, in_dtype)
+        return partial(summed, in_dtype)
 
     return lax.platform_dependent(x.centered, w.values, cpu=multiply(jnp.float32), default=multiply(jnp.bfloat16))
-
-
-def _summed(dot: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, values: jax.Array | Slabs) -> jax.Array:
-    return values.multiplied(x, dot) if isinstance(values, Slabs) else dot(x, values)
-
-
-def _dot(
-    x: jax.Array, w: jax.Array, accumulate: Any = jnp.float32, precision: Any = None, k_axis: int = 0
-) -> jax.Array:
-    dimensions = (((1,), (k_axis,)), ((), ()))
-    return lax.dot_general(x, w, dimensions, precision=precision, preferred_element_type=accumulate)
