@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.ahead import Ahead
+from jaxq.calibration.ahead import Ahead
+from jaxq.calibration.resume import of_calibration, resumed
+from jaxq.calibration.walk import Found, Leaves, Place, Walk, walk_groups
 from jaxq.program.tokens import Labels, label
 from jaxq.program.trace import Program, named_leaves, replace_leaves, trace_to_edit
 from jaxq.qtensor import QTensor, Quantized
-from jaxq.resume import of_calibration, resumed
 from jaxq.steps.compose import matches
 from jaxq.steps.group import Group, Step
-from jaxq.walk import Found, Leaves, Place, Walk, walk_groups
 
 Batch = Any
 Propagate = Literal["quantized", "full_precision"]

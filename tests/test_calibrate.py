@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 import jaxq
-from jaxq import walk
+from jaxq.calibration import walk
 from jaxq.formats import fake_quant, grid_from_range
 from jaxq.steps import Group
 from tests.zoo.specimen import block, block_params, linear, linear_params, norm, norm_params, normal, tokens, weight

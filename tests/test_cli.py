@@ -17,7 +17,7 @@ from jaxq import storage
 from jaxq.cli import app
 from jaxq.models import save_hf
 from jaxq.qtensor import Quantized
-from jaxq.saved import save_model
+from jaxq.storage.models import save_model
 from tests.tiny import BERT, LLAMA, OPT, TEXT, VIT, tiny_model, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -413,8 +413,8 @@ def test_killed_while_saving(opt, recipe, text, tmp_path):
     out = tmp_path / "out"
     command = ["quantize", opt, "--recipe", recipe, "--calibration", text, "--out", out]
     killing = (
-        "import os, signal, sys; from jaxq import storage; from jaxq.cli import app; "
-        f"storage.os.rename = lambda *_: os.kill(os.getpid(), {int(signal.SIGKILL)}); app(sys.argv[1:])"
+        "import os, signal, sys; from jaxq.cli import app; "
+        f"os.rename = lambda *_: os.kill(os.getpid(), {int(signal.SIGKILL)}); app(sys.argv[1:])"
     )
     assert process("-c", killing, *command).returncode == -signal.SIGKILL
     assert not out.exists()
@@ -428,9 +428,9 @@ def test_a_killed_calibration_is_resumed(opt, text, tmp_path):
     recipe.write_text(yaml.safe_dump(RECIPE | {"method": {"name": "os_plus", "search": "fast"}}), "utf-8")
     command = ["quantize", opt, "--recipe", recipe, "--calibration", text, "--out", tmp_path / "out"]
     killing = (
-        "import os, signal, sys; from jaxq import resume; from jaxq.cli import app; replace = os.replace; "
+        "import os, signal, sys; from jaxq.cli import app; replace = os.replace; "
         f"die = lambda: os.kill(os.getpid(), {int(signal.SIGKILL)}); "
-        "resume.os.replace = lambda a, b: die() if b.name.startswith('00003') else replace(a, b); app(sys.argv[1:])"
+        "os.replace = lambda a, b: die() if b.name.startswith('00003') else replace(a, b); app(sys.argv[1:])"
     )
     assert process("-c", killing, *command, "--checkpoint", kept).returncode == -signal.SIGKILL
     before = {file.name: file.stat().st_mtime_ns for file in kept.glob("*.safetensors")}

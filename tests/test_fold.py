@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import jaxq
-from jaxq import handle
+from jaxq.calibration import handle
 from jaxq.program.groups import GroupPlan
 from jaxq.program.trace import named_leaves, trace
 from jaxq.qtensor import Transform

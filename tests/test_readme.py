@@ -2,7 +2,7 @@
 
 from jaxq.qtensor import Packed
 from jaxq.recipes import RecipeFile
-from jaxq.yaml_file import read_yaml
+from jaxq.recipes.yaml_file import read_yaml
 from tests.documents import blocks
 
 

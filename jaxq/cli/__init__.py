@@ -163,7 +163,7 @@ def sites(model: ModelName, json: Json = None) -> None:
 @readable_errors
 def recipes() -> None:
     """List the recipes that come with jaxq."""
-    from jaxq.recipes import read_recipe, recipe_files
+    from jaxq.recipes.file import read_recipe, recipe_files
     from jaxq.report import console, table
 
     rows = [(name, read_recipe(name).name) for name in sorted(recipe_files())]

@@ -14,7 +14,7 @@ from jaxq.models import Model
 from jaxq.report import say
 
 if TYPE_CHECKING:
-    from jaxq.recipes import RecipeFile  # slow to import, and evaluation does without
+    from jaxq.recipes.file import RecipeFile  # slow to import, and evaluation does without
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from jaxq.evaluate import (
 from jaxq.execute import execute
 from jaxq.models import load
 from jaxq.report import console, table
-from jaxq.saved import check_weights, load_to_run
 from jaxq.sites import WIDTH, sites
+from jaxq.storage.models import check_weights, load_to_run
 
 LONGEST = 2048  # tokens that a task's item may have, where a model's positions have no end
 

@@ -13,7 +13,7 @@ from jaxq.generate import generate
 from jaxq.models import Model
 from jaxq.pack import pack
 from jaxq.report import console, say, table
-from jaxq.saved import load_to_run
+from jaxq.storage.models import load_to_run
 
 
 def generate_command(

@@ -27,11 +27,11 @@ from jaxq.formats import AnyFloat, Float, Format
 from jaxq.models import Model, cast_once, load
 from jaxq.program.trace import trace
 from jaxq.qtensor import Grid, Quantized, is_qtensor
-from jaxq.recipe_steps import calibrate_recipe, searches_percentile, to_step
-from jaxq.recipes import RecipeFile, read_recipe
+from jaxq.recipes.file import RecipeFile, read_recipe
+from jaxq.recipes.steps import calibrate_recipe, searches_percentile, to_step
 from jaxq.report import counting, say
-from jaxq.saved import save_model
 from jaxq.steps.group import Group, Spec
+from jaxq.storage.models import save_model
 
 
 @dataclass(frozen=True)

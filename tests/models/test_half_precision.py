@@ -15,7 +15,7 @@ from jaxq.cache import new_cache
 from jaxq.fold import fold
 from jaxq.models import cast_once, load, save_hf
 from jaxq.program.trace import named_leaves
-from jaxq.saved import load_model, load_to_run, save_model
+from jaxq.storage.models import load_model, load_to_run, save_model
 from tests.tiny import LLAMA, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(0, 1024, (2, 8)).astype(np.int32)

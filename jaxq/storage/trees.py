@@ -17,9 +17,9 @@ from uuid import uuid4
 import jax
 import numpy as np
 
-from jaxq.described import RECORDS, describe, kind, restore
 from jaxq.qtensor import Quantized
-from jaxq.version_1 import RECORDS_1
+from jaxq.storage.described import RECORDS, describe, kind, restore
+from jaxq.storage.version_1 import RECORDS_1
 
 VERSION = 3
 READ = {1: RECORDS_1, 2: RECORDS, VERSION: RECORDS}  # version 2 had weights in one order only

@@ -14,7 +14,7 @@ from jaxq.program.tokens import spread_mask
 from jaxq.steps.objective import Consumer, Objective, Objectives, Piece
 
 if TYPE_CHECKING:
-    from jaxq.walk import Place
+    from jaxq.calibration.walk import Place
 
 # Between a group and the next input: attention, or a fused projection cut apart (its pieces meet again).
 MIXING = (*CONTRACTIONS, "split", "slice", "dynamic_slice")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from jaxq.described import RECORDS
 from jaxq.pack import held_by_bytes
 from jaxq.qtensor import Grid, Packed
+from jaxq.storage.described import RECORDS
 
 
 def _grid(**parts: Any) -> Grid:

@@ -10,19 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxq.calibration.pieces import objectives
+from jaxq.calibration.stages import producing
 from jaxq.contraction import apply_input, transform
 from jaxq.fold import FoldError, absorb, rescaled
-from jaxq.pieces import objectives
 from jaxq.program._compat import quick_jit
 from jaxq.program.groups import GroupPlan
 from jaxq.program.segments import run
 from jaxq.program.tokens import spread_mask
 from jaxq.qtensor import InputQuant, PerTensor, Transform, is_qtensor
-from jaxq.stages import producing
 from jaxq.steps.group import Call, Group
 
 if TYPE_CHECKING:
-    from jaxq.walk import Place
+    from jaxq.calibration.walk import Place
 
 # How far a folded activation may be from the transformed one, relative to its largest value: rounding is far below.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.handle import applied, input_quant, leaf_path, tokens
+from jaxq.calibration.handle import applied, input_quant, leaf_path, tokens
+from jaxq.calibration.stages import Stage, run
 from jaxq.program._compat import quick_jit
 from jaxq.program.groups import GroupPlan
 from jaxq.program.trace import abstract
 from jaxq.program.views import View, look
 from jaxq.qtensor import Packed, QTensor, is_qtensor
-from jaxq.stages import Stage, run
 from jaxq.steps.group import Group
 
 if TYPE_CHECKING:
-    from jaxq.walk import Place
+    from jaxq.calibration.walk import Place
 
 THREADS = 2
 

@@ -18,9 +18,9 @@ from jaxq.models.build import in_float32
 from jaxq.models.hf import check_finite, read_preprocessor, read_tokenizer, save_readers
 from jaxq.program.trace import named_leaves
 from jaxq.qtensor import Packed, Quantized
-from jaxq.storage import ARRAYS, STRUCTURE
-from jaxq.storage import load as load_quantized
-from jaxq.storage import save as save_quantized
+from jaxq.storage.trees import ARRAYS, STRUCTURE
+from jaxq.storage.trees import load as load_quantized
+from jaxq.storage.trees import save as save_quantized
 
 CONFIG, COMPUTES_IN = "config.json", "computes_in"
 

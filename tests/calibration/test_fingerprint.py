@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import jaxq
-from jaxq.fingerprint import fingerprint
-from jaxq.recipe_steps import to_step
+from jaxq.calibration.fingerprint import fingerprint
 from jaxq.recipes import read_recipe, recipe_files
+from jaxq.recipes.steps import to_step
 from jaxq.steps import Group, Step
 
 
@@ -91,8 +91,8 @@ def test_every_recipe_has_its_own():
 
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_another_process_finds_the_same(seed):
-    code = "from tests.test_fingerprint import *; print(fingerprint([make() for make in THINGS]))"
-    root = str(Path(__file__).resolve().parents[1])
+    code = "from tests.calibration.test_fingerprint import *; print(fingerprint([make() for make in THINGS]))"
+    root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
     assert found.stdout.strip() == fingerprint([make() for make in THINGS]), found.stderr

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxq.recipe_numbers import Activations, TokenQuantile
-from jaxq.recipes import FloatMethod, OSPlus, RecipeFile, read_recipe, recipe_files
+from jaxq.recipes import RecipeFile, read_recipe, recipe_files
+from jaxq.recipes.file import FloatMethod, OSPlus
+from jaxq.recipes.numbers import Activations, TokenQuantile
 
 STEM = re.compile(
     r"(?P<method>os_plus|rtn|smooth_quant|gamma_migration)-w(?P<weights>\d)a(?P<activations>\d)"

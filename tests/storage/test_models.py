@@ -10,7 +10,7 @@ import pytest
 import jaxq
 from jaxq import storage
 from jaxq.quantizer import quantize_weight
-from jaxq.saved import check_weights
+from jaxq.storage.models import check_weights
 from tests.zoo.specimen import weight
 
 

@@ -20,11 +20,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from jaxq.calibration.fingerprint import as_bytes, fingerprint, without_addresses
 from jaxq.contraction import transform
-from jaxq.described import describe, restore
-from jaxq.fingerprint import as_bytes, fingerprint, without_addresses
 from jaxq.program.trace import Program
 from jaxq.steps.group import Group, Step
+from jaxq.storage.described import describe, restore
 
 FOUND = ("weights", "biases", "output_bias", "shift", "scale", "grid", "log")  # what steps change in a group
 

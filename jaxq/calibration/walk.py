@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.ahead import Ahead, decoded, rehearse
+from jaxq.calibration.ahead import Ahead, decoded, rehearse
+from jaxq.calibration.handle import Handled, applied, handle
+from jaxq.calibration.stages import Stage, run, stages
 from jaxq.fold import layer_axes, layer_of, stack_layers
-from jaxq.handle import Handled, applied, handle
 from jaxq.program import _compat
 from jaxq.program.graph import Node, Operand
 from jaxq.program.groups import GroupPlan, Layout
@@ -19,7 +20,6 @@ from jaxq.program.segments import Segment
 from jaxq.program.tokens import Labels, label
 from jaxq.program.views import look
 from jaxq.qtensor import InputQuant, Transform, is_qtensor
-from jaxq.stages import Stage, run, stages
 from jaxq.steps.group import Group, Spec, Step
 
 Env = dict[int, Any]

@@ -22,7 +22,6 @@ from jaxq import (
     per_token,
     post_shifted_fp4,
     quantize,
-    recipe_steps,
     skip,
     smooth_quant,
 )
@@ -30,8 +29,9 @@ from jaxq import observers as obs
 from jaxq.clipping import search_percentile
 from jaxq.program.trace import trace
 from jaxq.qtensor import PerGroup, PerTensor, PerToken, is_qtensor
-from jaxq.recipe_steps import calibrate_recipe, to_step
 from jaxq.recipes import RecipeFile, read_recipe, recipe_files
+from jaxq.recipes import steps as recipe_steps
+from jaxq.recipes.steps import calibrate_recipe, to_step
 from jaxq.steps import (
     chain,
     channel_scale,

@@ -8,7 +8,7 @@
     skip: ["lm_head/*", "embed*"]
     calibration: {samples: 128, length: 512, batch_size: 16, propagate: quantized}
 
-`method` may be any of those below, `observer` any of those in `recipe_numbers`; what is left out has the default given
+`method` may be any of those below, `observer` any of those in `numbers`; what is left out has the default given
 there. Numbers may be floats, methods may be several, each working on what the one before it left, and tables that are
 looked up may be quantized too:
 
@@ -28,9 +28,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
-from jaxq.recipe_numbers import Activations, Embeddings, Part, Weights
+from jaxq.recipes.numbers import Activations, Embeddings, Part, Weights
+from jaxq.recipes.yaml_file import read_yaml
 from jaxq.steps.float_search import Clips, linear_clips, log_clips
-from jaxq.yaml_file import read_yaml
 
 # Which inputs are scaled: those that a norm makes, or also those that an earlier layer's columns do (down projections).
 MigratedGroups = Literal["norms", "foldable"]
@@ -154,7 +154,7 @@ class RecipeFile(Part):
 
 def recipe_files() -> dict[str, Path]:
     """The recipes that come with jaxq, by bare name: beside the package in the repository, inside it when installed."""
-    folders = Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs"
+    folders = Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs"
     return {path.stem: path for folder in folders[::-1] for path in sorted(folder.glob("*.yaml"))}
 
 

@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 import jaxq
-from jaxq import resume
+from jaxq.calibration import resume
 from jaxq.steps import Group, Step, run_time_shift
 from tests.zoo.specimen import block, block_params, linear, linear_params, norm, norm_params, normal, tokens, weight
 

@@ -23,8 +23,8 @@ from jaxq.observers import (
 )
 from jaxq.qtensor import Quantized
 from jaxq.quantizer import Quantizer, per_channel, per_group, per_tensor, per_token
-from jaxq.recipe_numbers import Activations, Embeddings, Numbers, TokenQuantile, Weights
-from jaxq.recipes import HEAD_NAMES, FloatMethod, Method, OSPlus, RecipeFile, SmoothQuant
+from jaxq.recipes.file import HEAD_NAMES, FloatMethod, Method, OSPlus, RecipeFile, SmoothQuant
+from jaxq.recipes.numbers import Activations, Embeddings, Numbers, TokenQuantile, Weights
 from jaxq.search import coarse_to_fine, exhaustive
 from jaxq.steps import (
     FloatSearch,
