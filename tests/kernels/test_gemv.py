@@ -17,7 +17,7 @@ from tests.test_pack import ACTIVATIONS, FORMATS, named
 from tests.zoo.specimen import normal, weight
 
 DEPTH, COLUMNS = 600, 8  # two blocks, and a rest
-OFTEN = [Int(2), Int(3, False), Int(4), Int(7), Int(8), Int(8, False), Float(2, 1), Float(4, 3, 1), Float(5, 2, 4)]
+OFTEN = [Int(2), Int(3, False), Int(4), Int(8), Int(8, False), Float(2, 1), Float(4, 3, 1)]
 
 
 @pytest.fixture(autouse=True)
