@@ -11,24 +11,20 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 
 from jaxq.contraction import transform
-from jaxq.devices import device_kind
 from jaxq.formats import Float, Int
 from jaxq.formats.integer import narrow
-from jaxq.kernels import gemv, gpu, slabs, tpu
+from jaxq.kernels import cpu, gpu, tpu
 from jaxq.kernels.plain import (
     Integers,
     Products,
     activation_integers,
     decoded,
     product,
-    product_in_slabs,
     shifted,
     weight_integers,
 )
-from jaxq.kernels.slabs import in_bands, slab_size
 from jaxq.program.sites import Operands, Site
 from jaxq.program.views import Convert, Reshape, View
 from jaxq.qtensor import InputQuant, Packed, PerGroup
@@ -36,7 +32,7 @@ from jaxq.qtensor import InputQuant, Packed, PerGroup
 
 def multiplies(eqn: Any, site: Site, x: jax.Array, leaf: Packed, quant: InputQuant | None, products: Products) -> bool:
     """Whether `multiply` may do a site's product: a matrix product with one scale for each row and column of integers,
-    or in groups of the rows where the device has kernels or decodes them slab by slab.
+    or in groups of the rows where the device has kernels.
 
     Others take the decoded weight, and so does one that is told how its result is to be sharded: that is said of its
     own axes."""
@@ -45,7 +41,7 @@ def multiplies(eqn: Any, site: Site, x: jax.Array, leaf: Packed, quant: InputQua
     grids = jax.tree.leaves(leaf.stored)
     fits = all(a.ndim == leaf.ndim for a in grids)
     if fits and any(a.shape[i] > 1 for a in grids for i in site.leaf_axes):
-        somewhere = _device(products, x, leaf.planes[0]) is not None or _by_slabs(products, x, leaf.planes[0])
+        somewhere = _device(products, x, leaf.planes[0]) is not None
         fits = site.leaf_axes == leaf.row_axes and len(leaf.rows) == 1 and somewhere
     if leaf.exponents is not None:
         fits &= all(n == 1 for i, n in enumerate(leaf.exponents.shape) if i not in site.leaf_axes)
@@ -89,42 +85,23 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
     in_place = _in_place(site, leaf)
     if in_place:
         leaf, matrix, views, k_axis = _as_matrix(leaf, matrix), _same, (), 0
-    by_slabs = in_place and _by_slabs(products, rows.values, leaf.planes[0])
-    wide = by_slabs and leaf.columns[0] > slabs.WIDE
-    slab = slab_size(leaf.rows[0], slabs.BAND if wide else leaf.columns[0], groups) if by_slabs else None
+    seen = eqn.invars[ops.w].aval.dtype
+    kernel = _kernel(rows, leaf, groups, sums, products, precision, seen, dtype) if in_place else None
+    if kernel is None and groups > 1:
+        return None
 
     def plain(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
-        if slab:
-            return product_in_slabs(x, leaf, sums, slab, weight_integers, products, precision)
+        if groups > 1:
+            numbers = x.centered if x.scale is None else x.centered * x.scale
+            return product(Integers(numbers), decoded(leaf), None, products, precision).astype(dtype)
         integers = weight_integers(leaf)
         w = _each(integers, matrix)
         if k_axis:  # as it is stored, from end to end, so that the program's own transpose is undone
             kept = [i for i in range(len(site.shapes[ops.w])) if i not in ops.w_axes]
             w = replace(w, values=_matrix(_seen(views, integers.values), kept, ops.w_axes))
-        return product(x, w, sums, products, precision, k_axis)
+        return product(x, w, sums, products, precision, k_axis).astype(dtype)
 
-    def in_groups(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
-        a = x.centered if x.scale is None else x.centered * x.scale
-        if slab:
-            return product_in_slabs(Integers(a), leaf, None, slab, decoded, products, precision)
-        return product(Integers(a), decoded(leaf), None, products, precision)
-
-    seen = eqn.invars[ops.w].aval.dtype
-
-    def meaning(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
-        multiplied = plain if groups == 1 else in_groups
-        y = in_bands(partial(multiplied, x), leaf, sums) if wide else multiplied(x, leaf, sums)
-        return y.astype(dtype)
-
-    def by_row(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
-        return gemv.row_product(x, leaf, sums, groups, products).astype(dtype)
-
-    chosen = _kernel(rows, leaf, groups, sums, products, seen, dtype) if in_place else None
-    if by_slabs and gemv.takes(rows, leaf, groups):
-        chosen = "cpu", _unless_mapped(by_row, meaning)
-    if chosen is None and groups > 1 and not (slab or wide):
-        return None
-    multiplied = meaning if chosen is None else _either(*chosen, meaning)
+    multiplied = plain if kernel is None else _either(*kernel, plain)
     return _result(eqn, ops, multiplied(rows, leaf, sums))
 
 
@@ -166,17 +143,10 @@ Product = Callable[[Integers, Packed, jax.Array | None], jax.Array]
 F = TypeVar("F", bound=Callable)
 
 
-def _by_slabs(products: Products, *operands: jax.Array) -> bool:
-    """Whether a weight is decoded slab by slab, as it is multiplied: on CPU, in a compiled program, unless XLA may have
-    to cut it for several devices: it would collect all slabs on each."""
-    alone = jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
-    traced = any(isinstance(a, Tracer) for a in operands)
-    return products != "xla" and traced and alone and device_kind(*operands) == "cpu"
-
-
 def _device(products: Products, *operands: jax.Array) -> str | None:
     """The kind of device that the program is traced for, if it may have kernels for these operands."""
-    return tpu.target(*operands) or gpu.target(*operands) if products == "int8" else None
+    accelerator = tpu.target(*operands) or gpu.target(*operands) if products == "int8" else None
+    return accelerator or (None if products == "xla" else cpu.target(*operands))
 
 
 def _kernel(
@@ -185,6 +155,7 @@ def _kernel(
     groups: int,
     sums: jax.Array | None,
     products: Products,
+    precision: Any,
     seen: Any,
     dtype: Any,
 ) -> tuple[str, Product] | None:
@@ -201,9 +172,16 @@ def _kernel(
         assert isinstance(fmt, Int | Float)
         return gpu.packed_product(x, leaf.planes[0], leaf.stored, fmt, sums, seen=seen, dtype=dtype)
 
+    def by_cpu(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
+        return cpu.packed_product(x, leaf, sums, groups, products, precision).astype(dtype)
+
+    if kind is None:
+        return None
+    if kind == "cpu":
+        return ("cpu", by_cpu) if cpu.takes(x, leaf, groups) else None
     if kind in tpu.E4M3:
         return ("tpu", by_tpu) if tpu.has_kernel(x, fmt, kind, groups, seen) else None
-    return ("cuda", by_gpu) if kind is not None and gpu.has_kernel(x, fmt, codes.shape[1], groups, sums, seen) else None
+    return ("cuda", by_gpu) if gpu.has_kernel(x, fmt, codes.shape[1], groups, sums, seen) else None
 
 
 def _either(platform: str, kernel: Callable, plain: F) -> F:
@@ -216,17 +194,6 @@ def _either(platform: str, kernel: Callable, plain: F) -> F:
 
     either.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
     return cast(F, either)
-
-
-def _unless_mapped(kernel: Product, plain: Product) -> Product:
-    """What a kernel computes; under `vmap`, where its rows are several, what `plain` does."""
-    either = jax.custom_batching.custom_vmap(kernel)
-
-    @either.def_vmap
-    def mapped(size: int, batched: Any, *operands: Any) -> tuple[jax.Array, bool]:
-        return jax.vmap(plain, jax.tree.map(lambda b: 0 if b else None, batched))(*operands), True
-
-    return either
 
 
 def _each(x: Integers, f: Callable[[jax.Array], jax.Array]) -> Integers:

@@ -44,7 +44,7 @@ def takes(x: Integers, leaf: Packed, groups: int) -> bool:
     return x.values.shape[0] == 1 and x.values.dtype in TYPES and whole and known and enough
 
 
-@partial(jax.jit, static_argnums=(3, 4))
+@partial(jax.jit, static_argnames=("groups", "products"))
 def row_product(x: Integers, leaf: Packed, sums: jax.Array | None, groups: int, products: Products) -> jax.Array:
     """`plain.product` of a row, values [1, K], and a weight of planes [bytes, N] that `takes` takes: float32 [1, N].
 
