@@ -178,7 +178,7 @@ def _kernel(
     if kind is None:
         return None
     if kind == "cpu":
-        return ("cpu", by_cpu) if cpu.takes(x, leaf, groups) else None
+        return ("cpu", by_cpu) if cpu.takes(x, leaf, groups, products) else None
     if kind in tpu.E4M3:
         return ("tpu", by_tpu) if tpu.has_kernel(x, fmt, kind, groups, seen) else None
     return ("cuda", by_gpu) if gpu.has_kernel(x, fmt, codes.shape[1], groups, sums, seen) else None

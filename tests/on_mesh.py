@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxq
-from jaxq.kernels import slabs
+from jaxq.kernels import bands
 from jaxq.kernels.plain import Integers, activation_integers, product, weight_integers
 from jaxq.kernels.tpu import packed_product
 from jaxq.qtensor import PerTensor
@@ -181,7 +181,7 @@ def products() -> None:
     check_integers(mesh)
     check_explicit(mesh)
     check_shard_map(mesh)
-    slabs.SMALL, slabs.SLAB = 1, 256 * 32
+    bands.SMALL, bands.BAND, bands.STEP = 1, 1, 8
     check_integers(mesh)
     check_shard_map(mesh)
     check_kernels(mesh)

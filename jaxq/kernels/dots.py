@@ -1,8 +1,7 @@
-"""Matrix products of [M, K] and [K, N] by XLA, the weight's part in whole or in slabs."""
+"""Matrix products of [M, K] and [K, N] by XLA."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,6 @@ from jax import lax
 
 from jaxq.devices import on_accelerator, on_gpu
 from jaxq.formats.integer import narrow
-from jaxq.kernels.slabs import Slabs
 
 # From so many on GPUs' libraries are given what they multiply: 8-bit weights transposed, others as bfloat16. XLA's own
 # products, which take weights as they are, took 1.4 to 2.1 times bfloat16's time for 2048 rows (H100, JAX 0.11.2); this
@@ -23,11 +21,6 @@ ROWS_FOR_LIBRARIES = 512
 DEPTH, ROWS_IN_PARTS = 2048, 256
 
 
-def summed(dot: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, values: jax.Array | Slabs) -> jax.Array:
-    """`dot(x, values)`, or the sum of such products over slabs."""
-    return values.multiplied(x, dot) if isinstance(values, Slabs) else dot(x, values)
-
-
 def dot(x: jax.Array, w: jax.Array, accumulate: Any = jnp.float32, precision: Any = None, k_axis: int = 0) -> jax.Array:
     """x [M, K] times w [K, N], or with `k_axis` 1 [N, K]."""
     dimensions = (((1,), (k_axis,)), ((), ()))
@@ -35,7 +28,7 @@ def dot(x: jax.Array, w: jax.Array, accumulate: Any = jnp.float32, precision: An
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def exact_dot(x: jax.Array, narrowed: jax.Array | None, w: Any, k_axis: int) -> jax.Array:
+def exact_dot(x: jax.Array, narrowed: jax.Array | None, w: jax.Array, k_axis: int) -> jax.Array:
     """x [M, K] of float32, whole numbers that fit int8 (`narrowed`, if they are there), times w of int8; differentiable
     by x.
 
@@ -46,12 +39,12 @@ def exact_dot(x: jax.Array, narrowed: jax.Array | None, w: Any, k_axis: int) -> 
         w, k_axis = lax.optimization_barrier(w.T), 1
     in_int32 = partial(dot, accumulate=jnp.int32, k_axis=k_axis)
 
-    def at_once(x: jax.Array, w: Any) -> jax.Array:
-        return summed(in_int32, x, w).astype(jnp.float32)
+    def at_once(x: jax.Array, w: jax.Array) -> jax.Array:
+        return in_int32(x, w).astype(jnp.float32)
 
-    def on_cpu(x: jax.Array, w: Any) -> jax.Array:
+    def on_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 1), (0, 0))) if rows == 1 else x
-        return summed(_in_parts if k_axis == 0 else in_int32, x, w)[:rows].astype(jnp.float32)
+        return (_in_parts if k_axis == 0 else in_int32)(x, w)[:rows].astype(jnp.float32)
 
     x = narrow(x, jnp.int8) if narrowed is None else narrowed
     few = isinstance(rows, int) and rows <= ROWS_IN_PARTS and not on_accelerator()
@@ -61,11 +54,7 @@ def exact_dot(x: jax.Array, narrowed: jax.Array | None, w: Any, k_axis: int) -> 
 @exact_dot.defjvp
 def _exact_dot_jvp(k_axis: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     x, narrowed, w = primals
-
-    def in_float32(x: jax.Array, w: jax.Array) -> jax.Array:
-        return dot(x, w.astype(jnp.float32), k_axis=k_axis)
-
-    return exact_dot(x, narrowed, w, k_axis), summed(in_float32, tangents[0], w)
+    return exact_dot(x, narrowed, w, k_axis), dot(tangents[0], w.astype(jnp.float32), k_axis=k_axis)
 
 
 def _in_parts(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,12 +1,12 @@
 """One row times a packed weight, on CPUs: codes are decoded, multiplied and added up in one pass over them.
 
-XLA's products read numbers of a machine's types there, for which a weight is decoded to memory, in whole or in slabs.
+XLA's products read numbers of a machine's types there, for which a weight is decoded to memory, in whole or in bands.
 What is elementwise it fuses, so here the product is written as that. A block of 256 channels is 16 runs of 16:
 
     y[n] = sum over blocks b and j = 0 .. 15 of (sum over runs r of x[b, r, j] * W[b, r, j, n])
 
 The inner sum has 16 terms, each of a 16th of the channels, and writes a 16th of the numbers that decoding would; a
-product with ones adds these up. Of two rows or more each would decode the weight again: `slabs` are for them.
+product with ones adds these up. Of two rows or more each would decode the weight again: `bands` are for them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from jax import lax
 from jaxq.formats import Int
 from jaxq.formats.floating import fits_half, half
 from jaxq.formats.scales import expand_blocks
-from jaxq.kernels.layout import BLOCK, RUN, RUNS, signed, unpack_run
+from jaxq.kernels.layout import BLOCK, RUN, RUNS, plane_rows, signed, unpack_run, widths
 from jaxq.kernels.plain import MACHINE_FLOATS, Integers, Products, corrected, fits_int8, weight_integers
-from jaxq.kernels.slabs import channels
 from jaxq.qtensor import Packed
 
 SMALL = 2**16  # numbers of a weight that is decoded whole
@@ -54,8 +53,8 @@ def row_product(x: Integers, leaf: Packed, sums: jax.Array | None, groups: int, 
         a = x.centered if x.scale is None else x.centered * x.scale
         seen = jnp.float32 if a.dtype == jnp.float16 else a.dtype
         return _multiplied(a, leaf, partial(_dequantized, dtype=leaf.dtype, product_dtype=seen))
-    w = weight_integers(channels(leaf, 0, BLOCK))  # for all but its values
-    if fits_int8(x, w, products):
+    w = weight_integers(_channels(leaf, 0, BLOCK))  # for all but its values
+    if fits_int8(x, w.bound, products):
         exact = partial(_multiplied, leaf=leaf, read=_values, accumulate=jnp.int32)
         if sums is None and x.center is not None:
             sums = exact(jnp.ones_like(x.values))
@@ -95,7 +94,7 @@ def _multiplied(
     k = leaf.rows[0]
     depth = k // BLOCK * BLOCK
     parts = x[:, :depth].astype(jnp.float32).reshape(-1, RUNS, RUN)
-    body = channels(leaf, 0, depth)
+    body = _channels(leaf, 0, depth)
     w = weight_integers(body)
     if leaf.stored.scales != "real":  # blocks' scales are decoded before, and not for each of their channels
         w = replace(w, scale=lax.optimization_barrier(w.scale))
@@ -103,9 +102,23 @@ def _multiplied(
     terms = [parts[:, run].reshape(-1, 1) * numbers for run, numbers in enumerate(runs)]
     y = _total(sum(terms[1:], terms[0]), accumulate)
     if depth < k:
-        rest = read(weight_integers(channels(leaf, depth, k - depth)))
+        rest = read(weight_integers(_channels(leaf, depth, k - depth)))
         y = y + _dot(x[:, depth:], rest).astype(accumulate)
     return y
+
+
+def _channels(leaf: Packed, start: int, size: int) -> Packed:
+    """The channels from `start` on, a multiple of blocks and, if those are of more, of groups; `size` likewise, or all
+    that follow."""
+    depth = leaf.rows[0]
+
+    def of_groups(a: jax.Array) -> jax.Array:
+        each = depth // a.shape[0]
+        return a if each == depth else a[start // each : (start + size) // each]
+
+    cuts = [(start * width // 8, plane_rows(size, width)) for width in widths(leaf.format.bits)]
+    planes = tuple(plane[first : first + rows] for plane, (first, rows) in zip(leaf.planes, cuts, strict=True))
+    return replace(leaf, planes=planes, stored=jax.tree.map(of_groups, leaf.stored), rows=(size,))
 
 
 def _run(body: Packed, w: Integers, run: int) -> Integers:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -31,8 +30,7 @@ from jaxq.contraction import dynamic_grid
 from jaxq.devices import on_gpu
 from jaxq.formats import Float, Format, Int, decode, elements
 from jaxq.formats.floating import layout, power_of_two, whole_elements
-from jaxq.kernels.dots import ROWS_FOR_LIBRARIES, dot, exact_dot, summed
-from jaxq.kernels.slabs import Slabs, channels
+from jaxq.kernels.dots import ROWS_FOR_LIBRARIES, dot, exact_dot
 from jaxq.qtensor import Granularity, Grid, Packed, QTensor, pytree, static
 
 Products = Literal["int8", "xla", "float", "decoded"]
@@ -49,7 +47,6 @@ class Integers:
     value may have been multiplied by a power of two up to `2**reach`, `bound` being the largest magnitude before that.
     `digits` are the significant bits that a value has at most, where they are fewer than the bound's. `int8` are the
     values as a kernel wrote them, where one did: `values`, which derivatives pass, is then only their conversion.
-    A weight's `values` may be `Slabs`, for `product` only.
     """
 
     values: jax.Array
@@ -71,11 +68,8 @@ class Integers:
 
     @property
     def centered(self) -> jax.Array:
-        return self.around(self.values)
-
-    def around(self, values: jax.Array) -> jax.Array:
         """`values + center`, which may be beyond the integers' own 8 bits: in float32."""
-        return values if self.center is None else values.astype(jnp.float32) + self.center
+        return self.values if self.center is None else self.values.astype(jnp.float32) + self.center
 
 
 def element_scale(w: Integers, fmt: Int | Float, columns: int) -> jax.Array:
@@ -179,12 +173,12 @@ def product(
 
     Args:
       x: values [M, K], scale and center [M, 1] or [1, 1]. With `bound` None they are no integers, of any float dtype.
-      w: values [K, N] of int8 or float32, perhaps in slabs, scale and center [1, N] or [1, 1].
+      w: values [K, N] of int8 or float32, scale and center [1, N] or [1, 1].
       sums: of w's values over k, int32 [1, N]; None where they are not known beforehand.
       precision: as for `lax.dot_general`; of use for activations that are no integers.
       k_axis: 1 where w's values come as [N, K]: on CPU an 8-bit product with a transpose is some ten times slower.
     """
-    if fits_int8(x, w, products):
+    if fits_int8(x, w.bound, products):
         y = _int8_product(x, w, sums, k_axis)
     else:
         y = _float_product(x, replace(w, values=w.values.T) if k_axis else w, precision)
@@ -193,27 +187,9 @@ def product(
     return y
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5, 6))
-def product_in_slabs(
-    x: Integers,
-    leaf: Packed,
-    sums: jax.Array | None,
-    size: int,
-    read: Callable[[Packed], Integers],
-    products: Products,
-    precision: Any,
-) -> jax.Array:
-    """`product` with what `read` makes of a weight of `Slabs.leaf`'s form, in slabs of so many channels.
-
-    Jitted, so that a program traces and lowers it once for all its weights of one shape.
-    """
-    slabs = Slabs(leaf, size, read)
-    return product(x, replace(read(channels(leaf, 0, size)), values=slabs), sums, products, precision)
-
-
-def fits_int8(x: Integers, w: Integers, products: Products) -> bool:
-    """Whether a product of x, values [M, K], and w is one of 8-bit integers, whose sums are exact in int32."""
-    small = x.largest is not None and max(x.largest, w.bound or 256) <= 128 and x.values.shape[1] * 2**14 < 2**31
+def fits_int8(x: Integers, bound: int | None, products: Products) -> bool:
+    """Whether a product of x, values [M, K], and a weight's integers is one in 8 bits, with exact sums in int32."""
+    small = x.largest is not None and max(x.largest, bound or 256) <= 128 and x.values.shape[1] * 2**14 < 2**31
     return small and products != "float" and not _doubled()
 
 
@@ -226,10 +202,8 @@ def _doubled() -> bool:
 def _int8_product(x: Integers, w: Integers, sums: jax.Array | None, k_axis: int) -> jax.Array:
     """The product of the values is exact; centers come after, in float32."""
     assert x.bound is not None and w.bound is not None
-    if isinstance(w.values, Slabs) and w.values.leaf.planes[0].dtype == jnp.int8:  # nothing to decode
-        w = weight_integers(w.values.leaf)
     if x.center is not None and sums is None:
-        sums = summed(lambda _, values: values.sum(k_axis, dtype=jnp.int32)[None], x.values, w.values)
+        sums = w.values.sum(k_axis, dtype=jnp.int32)[None]
     return corrected(exact_dot(x.values, x.int8, w.values, k_axis), x, w, sums)
 
 
@@ -248,19 +222,12 @@ def _float_product(x: Integers, w: Integers, precision: Any) -> jax.Array:
     """In the activation's own dtype; of integers, in bfloat16, which holds them, or on CPU in float32."""
     if x.bound is None:
         dtype = jnp.float32 if x.values.dtype == jnp.float16 else x.values.dtype  # float16 does not hold all of them
+        weights = w.centered.astype(dtype)
+        if on_gpu() and x.values.shape[0] >= ROWS_FOR_LIBRARIES:
+            weights = lax.optimization_barrier(weights)
+        return dot(x.centered.astype(dtype), weights, precision=precision)
 
-        def in_its_dtype(x: jax.Array, values: jax.Array) -> jax.Array:
-            weights = w.around(values).astype(dtype)
-            if on_gpu() and x.shape[0] >= ROWS_FOR_LIBRARIES:
-                weights = lax.optimization_barrier(weights)
-            return dot(x, weights, precision=precision)
+    def multiply(dtype: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        return lambda x, w: dot(x.astype(dtype), w.astype(dtype))
 
-        return summed(in_its_dtype, x.centered.astype(dtype), w.values)
-
-    def multiply(dtype: Any) -> Any:
-        def in_dtype(x: jax.Array, values: jax.Array) -> jax.Array:
-            return dot(x.astype(dtype), w.around(values).astype(dtype))
-
-        return partial(summed, in_dtype)
-
-    return lax.platform_dependent(x.centered, w.values, cpu=multiply(jnp.float32), default=multiply(jnp.bfloat16))
+    return lax.platform_dependent(x.centered, w.centered, cpu=multiply(jnp.float32), default=multiply(jnp.bfloat16))

@@ -11,8 +11,8 @@ import pytest
 
 import jaxq
 from jaxq import Float, Int, per_group, per_token
-from jaxq.kernels import gemv, slabs
-from tests.kernels.test_slabs import ASYMMETRIC, by_transpose, tied, times
+from jaxq.kernels import gemv
+from tests.kernels.test_bands import ASYMMETRIC, by_transpose, tied, times
 from tests.test_pack import ACTIVATIONS, FORMATS, named
 from tests.zoo.specimen import normal, weight
 
@@ -112,12 +112,6 @@ def test_a_table_that_is_looked_up_too(weights):
 
 def test_a_weight_that_is_stored_by_columns():
     check(by_transpose, weight(1, COLUMNS, DEPTH), jaxq.quantize(Int(4), ASYMMETRIC))
-
-
-def test_a_wide_weight_needs_no_bands(monkeypatch):
-    monkeypatch.setattr(slabs, "WIDE", 4)
-    monkeypatch.setattr(slabs, "BAND", 4)
-    check(times, weight(1, DEPTH, COLUMNS), jaxq.quantize(Int(4), None))
 
 
 def test_layers_of_a_scan():
