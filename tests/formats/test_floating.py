@@ -24,6 +24,7 @@ from jaxq.formats import (
     grid_from_range,
     scale_of_bias,
 )
+from jaxq.formats.floating import fits_half, half
 
 GOLDENS = Path(__file__).resolve().parents[2] / "../shared/goldens"
 WIDTHS = range(3, 9)
@@ -92,6 +93,15 @@ def test_every_code_is_the_formulas_element_and_survives_encoding(fmt):
         again = encode(kind, found, ONE, None, m)
         assert again.dtype == kind.code_dtype == np.uint8
         np.testing.assert_array_equal(again, codes)
+
+
+@pytest.mark.parametrize("fmt", [Float(2, 1), Float(4, 3, 1), Float(5, 2, 4), Float(1, 6), Float(3, 0)], ids=str)
+def test_bits_of_float16(fmt):
+    assert fits_half(fmt) and not fits_half(Float(5, 2)) and not fits_half(Float(6, 1))
+    positive = np.arange(len(elements(fmt)), dtype=np.uint8)
+    codes = jnp.asarray([[*positive, *positive + 2 ** (fmt.bits - 1)]], jnp.uint8)
+    assert_same_bits(jax.jit(half, static_argnums=0)(fmt, codes), decode(fmt, codes, ONE, None, None))
+    assert_same_bits(jax.jit(half, static_argnums=(0, 2))(fmt, codes, -3), decode(fmt, codes, ONE / 8, None, None))
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxq.kernels.layout import pack_codes, plane_rows, unpack_codes, widths
+from jaxq.kernels.layout import BLOCK, RUN, RUNS, pack_codes, plane_rows, signed, unpack_codes, unpack_run, widths
 
 
 def random_codes(seed: int, bits: int, *shape: int) -> np.ndarray:
@@ -54,3 +54,19 @@ def test_foreign_planes_are_refused():
         unpack_codes(planes, 6, 32)
     with pytest.raises(ValueError, match="9 bits; possible are 2 to 8"):
         pack_codes(jnp.zeros((32, 4), jnp.uint8), 9)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_run_of_each_block(bits):
+    codes = np.random.default_rng(0).integers(0, 2**bits, (2 * BLOCK, 3)).astype(np.uint8)
+    planes = pack_codes(jnp.asarray(codes), bits)
+    for run in range(RUNS):
+        want = codes.reshape(2, RUNS, RUN, 3)[:, run].reshape(-1, 3)
+        np.testing.assert_array_equal(unpack_run(planes, bits, run), want)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_signs(bits):
+    numbers = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).astype(np.int8)
+    codes = jnp.asarray(numbers.view(np.uint8) & np.uint8(2**bits - 1))
+    np.testing.assert_array_equal(signed(codes, bits), numbers)
