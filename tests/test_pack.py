@@ -93,6 +93,11 @@ def test_every_weight_format(fmt):
     check_law(jaxq.quantize(fmt, None), products=("int8",))
 
 
+@pytest.mark.parametrize("activations", [None, jaxq.Float(7, 0), jaxq.Int(8)], ids=named)
+def test_formats_whose_elements_span_more_than_float32_holds_of_the_smallest(activations):
+    check_law(jaxq.quantize(jaxq.Float(7, 0), activations), products=("int8",))
+
+
 @pytest.mark.parametrize(
     ("fmt", "activations"),
     [

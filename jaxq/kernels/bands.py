@@ -53,15 +53,17 @@ def product_in_bands(
     """
     n = leaf.columns[0]
 
-    def part(start: Any, size: int, a: jax.Array) -> jax.Array:
-        return a if a.shape[1] == 1 else lax.dynamic_slice_in_dim(a, start, size, 1)
+    def with_band(y: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+        def part(a: jax.Array) -> jax.Array:
+            return a if a.shape[1] == 1 else lax.dynamic_slice_in_dim(a, start, size, 1)
 
-    def with_band(y: jax.Array, start: Any, size: int) -> jax.Array:
-        planes, stored, its_sums = jax.tree.map(partial(part, start, size), (leaf.planes, leaf.stored, sums))
-        band = replace(leaf, planes=planes, stored=stored, columns=(size,))
-        return lax.dynamic_update_slice_in_dim(y, product(x, read(band), its_sums, products, precision), start, 1)
+        planes, stored, its_sums = jax.tree.map(part, (leaf.planes, leaf.stored, sums))
+        band = product(
+            x, read(replace(leaf, planes=planes, stored=stored, columns=(size,))), its_sums, products, precision
+        )
+        return lax.dynamic_update_slice_in_dim(y, band, start, 1), None
 
-    rest = n % size
-    y = jnp.zeros((x.values.shape[0], n), jnp.float32)
-    y, _ = lax.scan(lambda y, start: (with_band(y, start, size), None), y, jnp.arange(0, n - rest, size))
-    return with_band(y, n - rest, rest) if rest else y
+    # The last band may overlap the one before: what is outside of the loop XLA would decode at the program's start.
+    starts = jnp.minimum(jnp.arange(0, n, size), n - size)
+    y, _ = lax.scan(with_band, jnp.zeros((x.values.shape[0], n), jnp.float32), starts)
+    return y

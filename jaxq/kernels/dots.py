@@ -17,8 +17,9 @@ from jaxq.formats.integer import narrow
 # number is an estimate from that and from what the passes over the weights should take.
 ROWS_FOR_LIBRARIES = 512
 # On CPU XLA's 8-bit products of few rows are slow if they sum over many channels: they take two to four times as long
-# as in parts of up to 2048 (8192x2048, 4096x4096, 3072x768; JAX 0.10.2, AVX-512 VNNI). From 512 rows on they do not.
-DEPTH, ROWS_IN_PARTS = 2048, 256
+# as in parts of up to 2048 (8192x2048, 4096x4096, 3072x768; JAX 0.10.2, AVX-512 VNNI). From 512 rows on they do not, and
+# of more than 128 the parts' results, which are there at once, take more than a quarter of the weight's memory.
+DEPTH, ROWS_IN_PARTS = 2048, 128
 
 
 def dot(x: jax.Array, w: jax.Array, accumulate: Any = jnp.float32, precision: Any = None, k_axis: int = 0) -> jax.Array:

@@ -37,8 +37,7 @@ from jaxq.formats import Int
 BLOCK = 256
 HALF = BLOCK // 2
 WIDTHS = (8, 4, 2, 1)
-RUN = 16  # channels in a row that share bytes with no others of theirs, whatever the width
-RUNS = BLOCK // RUN
+RUNS = 16  # of a block, each of 16 codes in a row, which share bytes with none of the same run
 
 
 def widths(bits: int) -> tuple[int, ...]:
@@ -99,18 +98,33 @@ def signed(codes: jax.Array, bits: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(codes if bits == 8 else (codes ^ sign) - sign, jnp.int8)
 
 
-def unpack_run(planes: tuple[jax.Array, ...], bits: int, run: int) -> jax.Array:
-    """Of each block of 256 codes those from `16 * run` on: uint8 [16 * blocks, N], of planes [..., N] of whole blocks;
-    of 8 bits as they are stored."""
+def unpack_run(planes: tuple[jax.Array, ...], bits: int, run: int, last: bool = False) -> jax.Array:
+    """Of each block of 256 codes those from `16 * run` on, uint8 [16 * blocks, N], of planes [bytes, N] of whole blocks
+    and perhaps half a block after them; or (`last`) of that half those from `8 * run` on, [8, N]. Codes of 8 bits are
+    as they are stored."""
     codes, below = None, 0
     for plane, width in zip(planes, widths(bits)):
-        each = RUNS * width // 8  # runs of bytes in a block
-        bytes_ = plane.reshape(-1, each, RUN, plane.shape[-1])[:, run % each].reshape(-1, plane.shape[-1])
+        each, length = RUNS * width // 8, HALF // RUNS if last else BLOCK // RUNS
+        halves = plane.shape[0] * 8 // width // HALF
+        bytes_ = rows_of_blocks(plane, halves, run % each * length, length, last)
         part = bytes_ if width == 8 else (bytes_ >> (run // each * width)) & (2**width - 1)
         codes = part if codes is None else codes | (part << below)
         below += width
     assert codes is not None
     return codes
+
+
+def rows_of_blocks(a: jax.Array, halves: int, first: int, count: int, last: bool = False) -> jax.Array:
+    """Rows of [rows, N], which are those of so many halves of blocks: of each whole block the same `count` from `first`
+    on, in one of its halves, or those of the last half. Cut in one step, as XLA would copy the blocks that another cut
+    leaves."""
+    each = a.shape[0] // halves
+    start, offset = (halves - 1, first) if last else divmod(first, each)
+    stop = halves if last else halves // 2 * 2
+    cut = jax.lax.slice(
+        a.reshape(halves, each, -1), (start, offset, 0), (stop, offset + count, a.shape[1]), (1 if last else 2, 1, 1)
+    )
+    return cut.reshape(-1, a.shape[1])
 
 
 def eight_bit_integers(codes: jax.Array, fmt: Int) -> jax.Array:

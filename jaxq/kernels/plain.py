@@ -35,6 +35,9 @@ from jaxq.qtensor import Granularity, Grid, Packed, QTensor, pytree, static
 
 Products = Literal["int8", "xla", "float", "decoded"]
 
+# The largest integer of a float format beyond which elements are not counted in units of the smallest: sums of up to
+# 2**126 of these might overflow. Such weights are multiplied in units of 1, such activations as they are.
+WIDEST = 2**40
 # Formats whose codes are a machine's numbers, bit for bit: accelerators decode these in one instruction.
 MACHINE_FLOATS = {Float(4, 3, reserved=1): jnp.float8_e4m3fn, Float(5, 2, reserved=4): jnp.float8_e5m2}
 
@@ -87,16 +90,18 @@ def weight_integers(leaf: QTensor | Packed) -> Integers:
     they are. Its exponents are left to x; scales and centers have one number for each group."""
     fmt, bound, grid = leaf.format, largest_integer(leaf.format), leaf.grid
     if isinstance(fmt, Int):
-        middle, zero = _middle(fmt), grid.zero
+        half, zero = middle(fmt), grid.zero
         if isinstance(leaf, Packed) and leaf.planes[0].dtype == jnp.int8:  # as they are: no pass over memory
             values = leaf.laid_out(leaf.planes[0])
         else:
             codes = leaf.unpack().codes if isinstance(leaf, Packed) else leaf.codes
-            values = codes if middle == 0 else (codes.astype(jnp.int16) - middle).astype(jnp.int8)
-        return Integers(values, grid.factor, None if zero is None else middle - zero, bound=bound)
+            values = codes if half == 0 else (codes.astype(jnp.int16) - half).astype(jnp.int8)
+        return Integers(values, grid.factor, None if zero is None else half - zero, bound=bound)
     leaf = leaf.unpack() if isinstance(leaf, Packed) else leaf
     if fmt in MACHINE_FLOATS:  # in units of 1: a conversion is all that XLA fuses into a product on GPUs
         return Integers(lax.bitcast_convert_type(leaf.codes, MACHINE_FLOATS[fmt]), grid.factor)
+    if bound > WIDEST:
+        return Integers(decode(fmt, leaf.codes, jnp.float32(1), None, grid.over(leaf.shape).mantissa), grid.factor)
     finest = _finest(fmt, grid.mantissa, leaf.ndim)
     return Integers(_whole(leaf), grid.factor * power_of_two(finest), bound=bound)
 
@@ -127,8 +132,10 @@ def activation_integers(
     grid = grid.over(x.shape)
     values = elements(fmt, x, grid.scale, grid.zero, grid.mantissa)
     if isinstance(fmt, Int):
-        center = None if grid.zero is None else _middle(fmt) - grid.zero
+        center = None if grid.zero is None else middle(fmt) - grid.zero
         return Integers(values if center is None else values - center, grid.scale, center, largest_integer(fmt))
+    if largest_integer(fmt) > WIDEST:
+        return Integers(values * grid.scale)
     finest = _finest(fmt, grid.mantissa, x.ndim)
     scale = grid.scale * power_of_two(finest)
     digits = 1 + max(split.mantissa_bits for split in fmt.splits)
@@ -142,7 +149,8 @@ def largest_integer(fmt: Format) -> int:
     return max(int(f.largest * 2.0 ** (f.mantissa_bits - 1 + f.bias)) for f in fmt.splits)
 
 
-def _middle(fmt: Int) -> int:
+def middle(fmt: Int) -> int:
+    """What is taken off an integer's codes so that 8 bits hold them."""
     return 0 if fmt.symmetric else 2 ** (fmt.bits - 1)
 
 

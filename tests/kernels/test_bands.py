@@ -16,7 +16,7 @@ from tests.test_pack import ACTIVATIONS, FORMATS, named
 from tests.zoo.specimen import normal, weight
 
 ASYMMETRIC = Int(8, symmetric=False)
-DEPTH, COLUMNS = 300, 10  # of which two bands, and a rest, are made below
+DEPTH, COLUMNS = 300, 10  # of which three bands are made below, two of which overlap
 OFTEN = [Int(3, False), Int(4), Int(8), Float(4, 3, 1), jaxq.AnyFloat(4)]
 slow = pytest.mark.slow
 

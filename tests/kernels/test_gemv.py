@@ -16,7 +16,7 @@ from tests.kernels.test_bands import ASYMMETRIC, by_transpose, tied, times
 from tests.test_pack import ACTIVATIONS, FORMATS, named
 from tests.zoo.specimen import normal, weight
 
-DEPTH, COLUMNS = 600, 8  # two blocks, and a rest
+DEPTH, COLUMNS = 640, 8  # two blocks, and half a one
 OFTEN = [Int(2), Int(3, False), Int(4), Int(8), Int(8, False), Float(2, 1), Float(4, 3, 1)]
 
 
@@ -147,6 +147,45 @@ def test_transformations(weights, activations):
     ):
         got, want = (of(partial(loss, how=how)) for how in ("int8", "xla"))
         np.testing.assert_allclose(jax.jit(got)(x), jax.jit(want)(x), rtol=1e-4, atol=1e-4)
+
+
+def differs_from_plain(w, x, recipe, batch=None) -> bool:
+    packed = jaxq.pack(jaxq.calibrate(times, {"w": w}, [x if batch is None else batch], recipe))
+    assert calls(jaxq.execute(times), packed, x)
+    got, want = (jax.jit(jaxq.execute(times, how))(packed, x) for how in ("int8", "xla"))
+    return not np.allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("activations", [Int(8), ASYMMETRIC, Float(2, 1)], ids=named)
+def test_nan_under_a_static_grid_counts_as_zero(activations):
+    x, w = normal(0, 1, DEPTH), weight(1, DEPTH, COLUMNS)
+    recipe = jaxq.quantize(Int(4), activations)
+    assert not differs_from_plain(w, x.at[0, 3].set(jnp.nan), recipe, batch=x)
+
+
+def test_numbers_near_the_ends_of_float32():
+    x, w = normal(0, 1, DEPTH), weight(1, DEPTH, COLUMNS)
+    assert not differs_from_plain(w, x.at[0, 3].set(1e36), jaxq.quantize(Float(2, 1), None))
+    assert not differs_from_plain(3e-38 * w, 1e6 * x, jaxq.quantize(jaxq.mxfp4(), None))
+
+
+@pytest.mark.parametrize(
+    "recipe", [jaxq.quantize(Int(8), Int(8)), jaxq.quantize(jaxq.nvfp4(), None)], ids=["W8A8", "NVFP4"]
+)
+def test_memory_does_not_grow_with_layers(recipe):
+    """Not even with half a block at the end, nor with scales to decode."""
+
+    def layers(p, x):
+        for w in p["w"]:
+            x = jnp.tanh(x @ w)
+        return x
+
+    def taken(count: int) -> int:
+        params, x = {"w": list(weight(1, count, 384, 384))}, normal(0, 1, 384)
+        packed = jaxq.pack(jaxq.calibrate(layers, params, [x], jaxq.quantize(weights, activations)))
+        return jax.jit(jaxq.execute(layers)).lower(packed, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert taken(6) < 1.2 * taken(2)
 
 
 def test_a_row_takes_little_memory():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxq.kernels.layout import BLOCK, RUN, RUNS, pack_codes, plane_rows, signed, unpack_codes, unpack_run, widths
+from jaxq.kernels.layout import BLOCK, HALF, RUNS, pack_codes, plane_rows, signed, unpack_codes, unpack_run, widths
 
 
 def random_codes(seed: int, bits: int, *shape: int) -> np.ndarray:
@@ -57,12 +57,13 @@ def test_foreign_planes_are_refused():
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_a_run_of_each_block(bits):
-    codes = np.random.default_rng(0).integers(0, 2**bits, (2 * BLOCK, 3)).astype(np.uint8)
+def test_runs_of_blocks_and_of_half_a_block(bits):
+    codes = np.random.default_rng(0).integers(0, 2**bits, (2 * BLOCK + HALF, 3)).astype(np.uint8)
     planes = pack_codes(jnp.asarray(codes), bits)
+    blocks, half = codes[: 2 * BLOCK].reshape(2, RUNS, -1, 3), codes[2 * BLOCK :].reshape(RUNS, -1, 3)
     for run in range(RUNS):
-        want = codes.reshape(2, RUNS, RUN, 3)[:, run].reshape(-1, 3)
-        np.testing.assert_array_equal(unpack_run(planes, bits, run), want)
+        np.testing.assert_array_equal(unpack_run(planes, bits, run), blocks[:, run].reshape(-1, 3))
+        np.testing.assert_array_equal(unpack_run(planes, bits, run, last=True), half[run])
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
