@@ -17,7 +17,7 @@ from jaxq.formats.integer import narrow
 # number is an estimate from that and from what the passes over the weights should take.
 ROWS_FOR_LIBRARIES = 512
 # On CPU XLA's 8-bit products of few rows are slow if they sum over many channels: they take two to four times as long
-# as in parts of up to 2048 (8192x2048, 4096x4096, 3072x768; JAX 0.10.2, AVX-512 VNNI). From 512 rows on they do not, and
+# as in parts of up to 2048 (8192x2048, 4096x4096, 3072x768; JAX 0.10.2, AVX-512 VNNI). From 512 rows on they do not;
 # of more than 128 the parts' results, which are there at once, take more than a quarter of the weight's memory.
 DEPTH, ROWS_IN_PARTS = 2048, 128
 

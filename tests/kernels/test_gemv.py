@@ -169,10 +169,8 @@ def test_numbers_near_the_ends_of_float32():
     assert not differs_from_plain(3e-38 * w, 1e6 * x, jaxq.quantize(jaxq.mxfp4(), None))
 
 
-@pytest.mark.parametrize(
-    "recipe", [jaxq.quantize(Int(8), Int(8)), jaxq.quantize(jaxq.nvfp4(), None)], ids=["W8A8", "NVFP4"]
-)
-def test_memory_does_not_grow_with_layers(recipe):
+@pytest.mark.parametrize(("weights", "activations"), [(Int(8), Int(8)), (jaxq.nvfp4(), None)], ids=["W8A8", "NVFP4"])
+def test_memory_does_not_grow_with_layers(weights, activations):
     """Not even with half a block at the end, nor with scales to decode."""
 
     def layers(p, x):
