@@ -2,9 +2,9 @@
 
     python experiments/bench_packed.py [--model stdlib-opt] [--batch 8] [--length 128]
 
-Prints medians, the median of the ratios to float32 of the same round, and the memory that a pass takes beside its
-arguments. What takes the memory of a float32 model is timed in rounds of its own: the allocator gives that back to the
-system, so that whatever ran next would wait for new pages.
+Prints medians, the median of the ratios to float32 of the same round, the memory that a pass takes beside its
+arguments, and the time to compile it. What takes the memory of a float32 model is timed in rounds of its own: the
+allocator gives that back to the system, so that whatever ran next would wait for new pages.
 """
 
 from __future__ import annotations
@@ -65,15 +65,19 @@ def timed(run, params, tokens) -> float:
 
 
 def measured(runs: dict[str, tuple], tokens: np.ndarray, count: int) -> list[tuple]:
-    for run, params in runs.values():
+    seconds, taken = {}, {}
+    for name, (run, params) in runs.items():
+        start = perf_counter()
+        compiled = run.lower(params, tokens).compile()
+        seconds[name] = perf_counter() - start
+        taken[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
         timed(run, params, tokens)
     rounds = [{name: timed(*what, tokens) for name, what in runs.items()} for _ in range(count)]
     rows = []
-    for name, (run, params) in runs.items():
+    for name, (_, params) in runs.items():
         ratio = float(np.median([r[name] / r["float32"] for r in rounds]))
         bits, median = jaxq.bits_per_weight(params), 1e3 * float(np.median([r[name] for r in rounds]))
-        taken = run.lower(params, tokens).compile().memory_analysis().temp_size_in_bytes / 2**20
-        rows.append((name, median, ratio, taken, None if np.isnan(bits) else bits))
+        rows.append((name, median, ratio, taken[name], seconds[name], None if np.isnan(bits) else bits))
     return rows
 
 
@@ -90,7 +94,7 @@ def main() -> None:
     rows = [row for runs in variants(model, tokens) for row in measured(runs, tokens, args.rounds)]
     title = f"{model.name}: a forward pass of [{args.batch}, {args.length}] tokens on {jax.devices()[0].device_kind}"
     say(f"{args.rounds} rounds, interleaved")
-    Console().print(table(title, ("", "ms", "to float32", "MiB taken", "bits per weight"), rows))
+    Console().print(table(title, ("", "ms", "to float32", "MiB taken", "s to compile", "bits per weight"), rows))
 
 
 if __name__ == "__main__":

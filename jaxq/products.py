@@ -92,8 +92,7 @@ def multiply(eqn: Any, site: Site, x: Integers, leaf: Packed, products: Products
 
     def plain(x: Integers, leaf: Packed, sums: jax.Array | None) -> jax.Array:
         if groups > 1:
-            numbers = x.centered if x.scale is None else x.centered * x.scale
-            return product(Integers(numbers), decoded(leaf), None, products, precision).astype(dtype)
+            return product(Integers(x.numbers), decoded(leaf), None, products, precision).astype(dtype)
         integers = weight_integers(leaf)
         w = _each(integers, matrix)
         if k_axis:  # as it is stored, from end to end, so that the program's own transpose is undone

@@ -170,7 +170,7 @@ def fits_half(fmt: Float) -> bool:
 
 def half(fmt: Float, codes: jax.Array) -> jax.Array:
     """The elements times `2**(bias - 15)`, float32, of a format that `fits_half`: the codes are float16's bits but for
-    the bias. On CPUs, which convert those in one instruction, subnormal ones too, that is faster than `decode`."""
+    the bias, and CPUs convert those in one instruction, subnormal ones too. (GPUs and TPUs may not.)"""
     top = 2 ** (fmt.bits - 1)
     bits = codes.astype(jnp.uint16)
     bits = (bits & (top - 1)) << (10 - fmt.mantissa_bits) | (bits & top) << (16 - fmt.bits)
@@ -180,8 +180,7 @@ def half(fmt: Float, codes: jax.Array) -> jax.Array:
 def whole_elements(fmt: Float, codes: jax.Array) -> jax.Array:
     """The elements' magnitudes in units of the smallest, uint8, of a format in which that holds them.
 
-    They count up by 1 with the code, and by twice as much from each power of two on. On bytes that is several times
-    faster than the arithmetic of exponents.
+    They count up by 1 with the code, and by twice as much from each power of two on: arithmetic of bytes alone.
     """
     magnitude = codes & jnp.uint8(2 ** (fmt.bits - 1) - 1)
     value = magnitude

@@ -59,7 +59,7 @@ def _in_bands(
 ) -> jax.Array:
     size, read = _band(leaf), weight_integers
     if groups > 1:
-        read, x, sums = decoded, Integers(x.centered if x.scale is None else x.centered * x.scale), None
+        read, x, sums = decoded, Integers(x.numbers), None
     if size is None:
         return product(x, read(leaf), sums, products, precision)
     return product_in_bands(x, leaf, sums, size=size, read=read, products=products, precision=precision)

@@ -16,9 +16,10 @@ from jaxq.formats.integer import narrow
 # products, which take weights as they are, took 1.4 to 2.1 times bfloat16's time for 2048 rows (H100, JAX 0.11.2); this
 # number is an estimate from that and from what the passes over the weights should take.
 ROWS_FOR_LIBRARIES = 512
-# On CPU XLA's 8-bit products of few rows are slow if they sum over many channels: they take two to four times as long
-# as in parts of up to 2048 (8192x2048, 4096x4096, 3072x768; JAX 0.10.2, AVX-512 VNNI). From 512 rows on they do not;
-# of more than 128 the parts' results, which are there at once, take more than a quarter of the weight's memory.
+# On CPU XLA's 8-bit products of few rows are slow if they sum over many channels, and faster in parts of up to 2048: a
+# model of width 2048 with products of 8192 takes 0.56 of float32's time for 8 tokens, in whole products 0.86
+# (`experiments/bench_packed.py`; JAX 0.10.2, AVX-512 VNNI). The results of all parts are there at once: with more rows
+# than 128 they would take more than a quarter of the weight's memory.
 DEPTH, ROWS_IN_PARTS = 2048, 128
 
 

@@ -25,6 +25,7 @@ from jaxq.formats import Float, Int
 from jaxq.formats.floating import fits_half, half
 from jaxq.formats.integer import narrow
 from jaxq.formats.scales import expand_blocks
+from jaxq.kernels.dots import dot
 from jaxq.kernels.layout import BLOCK, HALF, RUNS, rows_of_blocks, signed, unpack_run
 from jaxq.kernels.plain import MACHINE_FLOATS, Integers, Products, corrected, fits_int8, middle, weight_integers
 from jaxq.qtensor import Packed
@@ -56,9 +57,8 @@ def row_product(x: Integers, leaf: Packed, sums: jax.Array | None, groups: int, 
     """
     w = weight_integers(leaf)  # of which the values are not used
     if groups > 1:
-        a = x.centered if x.scale is None else x.centered * x.scale
-        seen = jnp.float32 if a.dtype == jnp.float16 else a.dtype
-        return _multiplied(a, leaf, lambda one: _dequantized(leaf, one, seen))
+        seen = jnp.float32 if x.numbers.dtype == jnp.float16 else x.numbers.dtype
+        return _multiplied(x.numbers, leaf, lambda one: _dequantized(leaf, one, seen))
     if fits_int8(x, w.bound, products):
 
         def exact(x: jax.Array) -> jax.Array:
@@ -147,11 +147,8 @@ def _total(terms: jax.Array, accumulate: Any) -> jax.Array:
     """The sum over the first axis, [1, N], by a product: CPUs take several times longer for sums."""
     rows = terms.shape[0]
     if accumulate == jnp.float32:
-        return _dot(jnp.ones((1, rows), jnp.float32), terms)
+        return dot(jnp.ones((1, rows), jnp.float32), terms, precision=lax.Precision.HIGHEST)
     part = jnp.arange(rows) // EXACT
-    parts = _dot((part[None] == jnp.arange(-(-rows // EXACT))[:, None]).astype(jnp.float32), terms)
+    members = (part[None] == jnp.arange(-(-rows // EXACT))[:, None]).astype(jnp.float32)
+    parts = dot(members, terms, precision=lax.Precision.HIGHEST)
     return parts.astype(jnp.int32).sum(0, keepdims=True, dtype=jnp.int32)
-
-
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.matmul(x, w, precision=lax.Precision.HIGHEST)

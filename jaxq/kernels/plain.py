@@ -12,7 +12,6 @@ its smallest step. So a product is one of integers, exact, and the scales of its
 | E1M2, E2M1, E3M0   | 7, 12, 64       | yes; E2M1's activations with exponents: 96; E1M2's: 14   |
 | E2M3               | 60              | yes, without exponents                                   |
 | wider floats       | from 448 on     | no: bfloat16 holds them all exactly; sums in float32     |
-
 """
 
 from __future__ import annotations
@@ -73,6 +72,11 @@ class Integers:
     def centered(self) -> jax.Array:
         """`values + center`, which may be beyond the integers' own 8 bits: in float32."""
         return self.values if self.center is None else self.values.astype(jnp.float32) + self.center
+
+    @property
+    def numbers(self) -> jax.Array:
+        """What they stand for."""
+        return self.centered if self.scale is None else self.centered * self.scale
 
 
 def element_scale(w: Integers, fmt: Int | Float, columns: int) -> jax.Array:
