@@ -16,10 +16,9 @@ from jaxq.formats.integer import narrow
 # products, which take weights as they are, took 1.4 to 2.1 times bfloat16's time for 2048 rows (H100, JAX 0.11.2); this
 # number is an estimate from that and from what the passes over the weights should take.
 ROWS_FOR_LIBRARIES = 512
-# On CPU XLA's 8-bit products of few rows are slow if they sum over many channels, and faster in parts of up to 2048: a
-# model of width 2048 with products of 8192 takes 0.56 of float32's time for 8 tokens, in whole products 0.86
-# (`experiments/bench_packed.py`; JAX 0.10.2, AVX-512 VNNI). The results of all parts are there at once: with more rows
-# than 128 they would take more than a quarter of the weight's memory.
+# On CPU XLA's 8-bit products of few rows are slow if they sum over many channels, and faster in parts of up to 2048 (in
+# `experiments/bench_packed.py --width 2048 --batch 1 --length 8` W8A8 takes 0.56 of float32's time, and 0.86 in whole
+# products). The results of all parts are there at once: of more rows they would take over a quarter of the weight.
 DEPTH, ROWS_IN_PARTS = 2048, 128
 
 
